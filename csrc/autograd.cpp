@@ -1,0 +1,161 @@
+// Gradients. Each backward pass is an operator of its own, so that it can be traced; it refuses to
+// be differentiated again.
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "gated_activation.h"
+#include "leaf_mixture.h"
+#include "tree.h"
+
+namespace fff {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <typename Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+class LeafMixtureFunction : public torch::autograd::Function<LeafMixtureFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& node_logits) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto call = op<decltype(leaf_mixture)>("fff::leaf_mixture");
+    at::Tensor mixture = call.call(node_logits);
+    ctx->save_for_backward({node_logits, mixture});
+    return mixture;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto call = op<decltype(leaf_mixture_backward)>("fff::leaf_mixture_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    return {call.call(grads[0], saved[0], saved[1])};
+  }
+};
+
+class GatedActivationFunction : public torch::autograd::Function<GatedActivationFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pre, const at::Tensor& mixture,
+                            const std::string& activation) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto call = op<decltype(gated_activation)>("fff::gated_activation");
+    ctx->save_for_backward({pre, mixture});
+    ctx->saved_data["activation"] = activation;
+    return call.call(pre, mixture, activation);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto call =
+        op<decltype(gated_activation_backward)>("fff::gated_activation_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    auto [grad_pre, grad_mixture] =
+        call.call(grads[0], saved[0], saved[1], ctx->saved_data["activation"].toStringView());
+    return {grad_pre, grad_mixture, at::Tensor()};
+  }
+};
+
+class TreeFunction : public torch::autograd::Function<TreeFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x,
+                               const at::Tensor& node_weight, const OptionalTensor& node_bias,
+                               const OptionalTensor& node_output, const OptionalTensor& w1,
+                               const OptionalTensor& b1, const OptionalTensor& w2,
+                               const OptionalTensor& b2, const OptionalTensor& noise,
+                               const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
+                               const std::string& node_activation,
+                               const std::string& leaf_activation, bool straight_through,
+                               double slope) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto call = op<decltype(tree)>("fff::tree");
+    auto [output, scores, leaf] =
+        call.call(x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, trees,
+                  tie_right, node_activation, leaf_activation, straight_through, slope);
+    const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
+    ctx->save_for_backward({scores, leaf, x, node_weight, or_undefined(node_bias),
+                            or_undefined(node_output), or_undefined(w1), or_undefined(b1),
+                            or_undefined(w2), or_undefined(b2), or_undefined(noise),
+                            or_undefined(leaf_scale)});
+    ctx->saved_data["trees"] = trees;
+    ctx->saved_data["tie_right"] = tie_right;
+    ctx->saved_data["node_activation"] = node_activation;
+    ctx->saved_data["leaf_activation"] = leaf_activation;
+    ctx->saved_data["straight_through"] = straight_through;
+    ctx->saved_data["slope"] = slope;
+    ctx->mark_non_differentiable({leaf});
+    ctx->set_materialize_grads(false);
+    return {output, scores, leaf};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto call = op<decltype(tree_backward)>("fff::tree_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const auto or_nullopt = [](const at::Tensor& t) {
+      return t.defined() ? OptionalTensor(t) : std::nullopt;
+    };
+    // The engine counts only the tensors that were given: which of the eight inputs want a
+    // gradient.
+    std::array<bool, 8> wanted = {};
+    for (size_t input = 0, edge = 0; input < wanted.size(); ++input) {
+      wanted[input] = saved[2 + input].defined() && ctx->needs_input_grad(edge++);
+    }
+    auto gradients = call.call(
+        or_nullopt(grads[0]), or_nullopt(grads[1]), saved[0], saved[1], saved[2], saved[3],
+        or_nullopt(saved[4]), or_nullopt(saved[5]), or_nullopt(saved[6]), or_nullopt(saved[7]),
+        or_nullopt(saved[8]), or_nullopt(saved[9]), or_nullopt(saved[10]), or_nullopt(saved[11]),
+        ctx->saved_data["trees"].toInt(), ctx->saved_data["tie_right"].toBool(),
+        ctx->saved_data["node_activation"].toStringView(),
+        ctx->saved_data["leaf_activation"].toStringView(),
+        ctx->saved_data["straight_through"].toBool(), ctx->saved_data["slope"].toDouble(),
+        {wanted[0], wanted[1] || wanted[2] || wanted[3],
+         wanted[4] || wanted[5] || wanted[6] || wanted[7]});
+    variable_list result(16);  // one for each argument of forward, most without a gradient
+    const std::array<at::Tensor, 8> by_input =
+        std::apply([](auto&&... t) { return std::array<at::Tensor, 8>{std::move(t)...}; },
+                   std::move(gradients));
+    for (size_t i = 0; i < by_input.size(); ++i) {
+      if (wanted[i]) {
+        result[i] = by_input[i];
+      }
+    }
+    return result;
+  }
+};
+
+at::Tensor leaf_mixture_autograd(const at::Tensor& node_logits) {
+  return LeafMixtureFunction::apply(node_logits);
+}
+
+at::Tensor gated_activation_autograd(const at::Tensor& pre, const at::Tensor& mixture,
+                                     std::string_view activation) {
+  return GatedActivationFunction::apply(pre, mixture, std::string(activation));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autograd(
+    const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
+    const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
+    const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
+    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
+    std::string_view node_activation, std::string_view leaf_activation, bool straight_through,
+    double slope) {
+  variable_list out = TreeFunction::apply(
+      x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, trees, tie_right,
+      std::string(node_activation), std::string(leaf_activation), straight_through, slope);
+  return {out[0], out[1], out[2]};
+}
+
+}  // namespace
+}  // namespace fff
+
+TORCH_LIBRARY_IMPL(fff, Autograd, m) {
+  m.impl("leaf_mixture", TORCH_FN(fff::leaf_mixture_autograd));
+  m.impl("gated_activation", TORCH_FN(fff::gated_activation_autograd));
+  m.impl("tree", TORCH_FN(fff::tree_autograd));
+  m.impl("leaf_mixture_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gated_activation_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("tree_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("descend", torch::autograd::autogradNotImplementedFallback());
+}

@@ -1,0 +1,19 @@
+// Everything that is compiled once per instruction set.
+#pragma once
+
+#include "gated_activation_impl.h"
+#include "kernels.h"
+#include "leaf_mixture_impl.h"
+#include "tree_backward_impl.h"
+#include "tree_forward_impl.h"
+
+namespace fff::cpu {
+inline namespace CPU_CAPABILITY {
+
+inline Kernels table() {
+  return {tree_forward,          tree_backward,    leaf_mixture,
+          leaf_mixture_backward, gated_activation, gated_activation_backward};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fff::cpu

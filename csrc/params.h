@@ -1,0 +1,115 @@
+// What a kernel is told: plain structs of sizes and raw pointers, shared by CPU and CUDA, free of
+// torch.
+//
+// `void` pointers hold elements of `dtype`; pointers marked acc hold float, or double when dtype is
+// double. Every array is contiguous. Absent optional arrays are null.
+#pragma once
+
+#include <cstdint>
+
+#include "activation.h"
+
+namespace fff {
+
+enum class DType : int { kFloat, kDouble, kBFloat16, kHalf };
+
+// K trees of `levels` levels of nodes, 2^levels - 1 nodes each in heap order; leaf networks below
+// them or none.
+struct TreeShape {
+  int64_t tokens;
+  int64_t input_width;
+  int64_t output_width;
+  int64_t trees;
+  int64_t leaf_width;  // 0 without leaf networks
+  int levels;          // levels of nodes that are scored
+  int decisions;       // levels that route: `levels`, or one fewer when nothing lies below the last
+                       // level
+
+  FFF_HOST_DEVICE int64_t nodes() const { return (int64_t(1) << levels) - 1; }
+  FFF_HOST_DEVICE int64_t leaves() const { return int64_t(1) << decisions; }
+  // Heap index of the node that a path to `leaf` visits at `level`.
+  FFF_HOST_DEVICE int64_t node_on_path(int64_t leaf, int level) const {
+    return (int64_t(1) << level) - 1 + (leaf >> (decisions - level));
+  }
+  // Whether the path to `leaf` turns right at `level` (< decisions).
+  FFF_HOST_DEVICE bool turns_right(int64_t leaf, int level) const {
+    return (leaf >> (decisions - 1 - level)) & 1;
+  }
+};
+
+struct TreeWeights {
+  const void* node_weight;  // [trees, nodes, input_width]
+  const void* node_bias;    // [trees, nodes]
+  const void* node_output;  // [trees, nodes, output_width]
+  const void* w1;           // [trees, leaves, leaf_width, input_width]
+  const void* b1;           // [trees, leaves, leaf_width]
+  const void* w2;           // [trees, leaves, leaf_width, output_width]
+  const void* b2;           // [trees, leaves, output_width]
+};
+
+struct TreeForward {
+  TreeShape shape;
+  DType dtype;
+  bool tie_right;
+  Activation node_activation;
+  Activation leaf_activation;
+  TreeWeights weights;
+  const void* x;           // [tokens, input_width]
+  const void* noise;       // acc [tokens, trees, levels]
+  const void* leaf_scale;  // acc [tokens, trees, leaf_width]
+  // outputs
+  void* output;  // [tokens, output_width] of output_dtype; null when only the routes are wanted
+  DType output_dtype;  // dtype, or the accumulation type where several trees add up
+  void* scores;        // acc [tokens, trees, levels]
+  int64_t* leaf;       // [tokens, trees]
+};
+
+struct TreeBackward {
+  TreeForward forward;      // its x, weights and settings; `output` is unused
+  const void* grad_output;  // [tokens, output_width]
+  const void* grad_scores;  // acc [tokens, trees, levels]
+  const void* scores;       // acc [tokens, trees, levels]
+  const int64_t* leaf;      // [tokens, trees]
+  bool straight_through;
+  double slope;
+  // outputs, each null when not wanted; the gradients of weights come zeroed
+  void* grad_x;            // [tokens, input_width] of grad_x_dtype
+  DType grad_x_dtype;      // dtype, or the accumulation type where several trees add up
+  void* grad_node_weight;  // acc, shaped as the weights
+  void* grad_node_bias;
+  void* grad_node_output;
+  void* grad_w1;
+  void* grad_b1;
+  void* grad_w2;
+  void* grad_b2;
+};
+
+struct LeafMixture {
+  int64_t tokens;
+  int depth;
+  DType dtype;
+  const void* node_logits;  // [tokens, 2^depth - 1]
+  // forward
+  void* mixture;  // [tokens, 2^depth]; an input of the backward pass
+  // backward
+  const void* grad_mixture;  // [tokens, 2^depth]
+  void* grad_node_logits;    // [tokens, 2^depth - 1]
+};
+
+struct GatedActivation {
+  int64_t tokens;
+  int64_t leaves;
+  int64_t leaf_width;
+  DType dtype;
+  Activation activation;
+  const void* pre;      // [tokens, leaves, leaf_width]
+  const void* mixture;  // [tokens, leaves]
+  // forward
+  void* output;  // [tokens, leaves, leaf_width]
+  // backward
+  const void* grad_output;  // [tokens, leaves, leaf_width]
+  void* grad_pre;           // [tokens, leaves, leaf_width]
+  void* grad_mixture;       // [tokens, leaves]
+};
+
+}  // namespace fff

@@ -1,0 +1,255 @@
+#include "tree.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <bit>
+
+#include "launch.h"
+
+namespace fff {
+namespace {
+
+// The arguments of one call, checked and made contiguous.
+struct Arguments {
+  at::Tensor x, node_weight;
+  OptionalTensor node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale;
+  TreeForward params;
+  at::DimVector leading;  // x's dimensions before the last
+
+  std::vector<int64_t> with_leading(std::initializer_list<int64_t> last) const {
+    std::vector<int64_t> sizes(leading.begin(), leading.end());
+    sizes.insert(sizes.end(), last);
+    return sizes;
+  }
+};
+
+int levels_of(const Check& check, const at::Tensor& node_weight, int64_t trees) {
+  TORCH_CHECK(trees >= 1, check.op(), ": trees must be at least 1, got ", trees);
+  TORCH_CHECK(node_weight.dim() == 2, check.op(),
+              ": node_weight must have shape [trees * nodes, input_width], got ",
+              node_weight.sizes());
+  const int64_t rows = node_weight.size(0);
+  const int64_t nodes = rows / trees;
+  TORCH_CHECK(
+      rows % trees == 0 && std::has_single_bit(static_cast<uint64_t>(nodes) + 1), check.op(),
+      ": node_weight must have trees * (2^levels - 1) rows with trees = ", trees, ", got ", rows);
+  return std::countr_zero(static_cast<uint64_t>(nodes) + 1);
+}
+
+Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Tensor& node_weight,
+                          const OptionalTensor& node_bias, const OptionalTensor& node_output,
+                          const OptionalTensor& w1, const OptionalTensor& b1,
+                          const OptionalTensor& w2, const OptionalTensor& b2,
+                          const OptionalTensor& noise, const OptionalTensor& leaf_scale,
+                          int64_t trees, bool tie_right, Activation node_activation,
+                          Activation leaf_activation, bool routes_only) {
+  Arguments a;
+  TreeForward& p = a.params;
+  p = {};
+  p.dtype = check.dtype(x, "x");
+  const at::ScalarType dtype = x.scalar_type();
+  const at::ScalarType acc = accumulation_type(dtype);
+  TORCH_CHECK(x.dim() >= 1, check.op(), ": x must have shape [..., input_width], got a scalar");
+  check.same(node_weight, "node_weight", x, dtype);
+
+  TreeShape& s = p.shape;
+  s.levels = levels_of(check, node_weight, trees);
+  s.trees = trees;
+  s.input_width = x.size(-1);
+  a.leading = at::DimVector(x.sizes().begin(), x.sizes().end() - 1);
+  s.tokens = c10::multiply_integers(a.leading);
+  TORCH_CHECK(node_weight.size(1) == s.input_width, check.op(), ": x must have last dimension ",
+              node_weight.size(1), " (the columns of node_weight), got shape ", x.sizes());
+  const int64_t nodes = trees * s.nodes();
+  check.optional(node_bias, "node_bias", x, dtype, {nodes});
+  check.optional(noise, "noise", x, acc, a.with_leading({trees, s.levels}));
+
+  const bool has_leaves = defined(w1);
+  TORCH_CHECK(defined(w2) == has_leaves, check.op(), ": w1 and w2 must come together, got only ",
+              has_leaves ? "w1" : "w2");
+  s.decisions = has_leaves || routes_only ? s.levels : s.levels - 1;
+  if (has_leaves) {
+    const int64_t leaves = trees * s.leaves();
+    TORCH_CHECK(w1->dim() == 3 && w1->size(1) >= 1, check.op(),
+                ": w1 must have shape [trees * leaves, leaf_width, input_width], got ",
+                w1->sizes());
+    TORCH_CHECK(w2->dim() == 3, check.op(),
+                ": w2 must have shape [trees * leaves, leaf_width, output_width], got ",
+                w2->sizes());
+    s.leaf_width = w1->size(1);
+    s.output_width = w2->size(2);
+    check.optional(w1, "w1", x, dtype, {leaves, s.leaf_width, s.input_width});
+    check.optional(w2, "w2", x, dtype, {leaves, s.leaf_width, s.output_width});
+    check.optional(b1, "b1", x, dtype, {leaves, s.leaf_width});
+    check.optional(b2, "b2", x, dtype, {leaves, s.output_width});
+    check.optional(leaf_scale, "leaf_scale", x, acc, a.with_leading({trees, s.leaf_width}));
+  } else {
+    TORCH_CHECK(routes_only || defined(node_output), check.op(),
+                ": node_output or w1 and w2 must be given, got neither");
+    TORCH_CHECK(routes_only || s.levels >= 1, check.op(),
+                ": a tree without leaf networks must have at least one node, got none");
+    TORCH_CHECK(!defined(b1) && !defined(b2) && !defined(leaf_scale), check.op(),
+                ": b1, b2 and leaf_scale must be absent without w1 and w2");
+    s.output_width = routes_only ? 0 : node_output->size(-1);
+  }
+  check.optional(node_output, "node_output", x, dtype, {nodes, s.output_width});
+  TORCH_CHECK(s.levels < 48, check.op(), ": node_weight must have fewer than 48 levels");
+
+  a.x = x.contiguous();
+  a.node_weight = node_weight.contiguous();
+  a.node_bias = contiguous(node_bias);
+  a.node_output = contiguous(node_output);
+  a.w1 = contiguous(w1);
+  a.b1 = contiguous(b1);
+  a.w2 = contiguous(w2);
+  a.b2 = contiguous(b2);
+  a.noise = contiguous(noise);
+  a.leaf_scale = contiguous(leaf_scale);
+  p.tie_right = tie_right;
+  p.node_activation = node_activation;
+  p.leaf_activation = leaf_activation;
+  p.weights = {a.node_weight.data_ptr(), data_or_null(a.node_bias), data_or_null(a.node_output),
+               data_or_null(a.w1),       data_or_null(a.b1),        data_or_null(a.w2),
+               data_or_null(a.b2)};
+  p.x = a.x.data_ptr();
+  p.noise = data_or_null(a.noise);
+  p.leaf_scale = data_or_null(a.leaf_scale);
+  return a;
+}
+
+// Sums over several trees are formed in the accumulation type.
+at::ScalarType sum_type(const at::Tensor& x, int64_t trees) {
+  return trees > 1 ? accumulation_type(x.scalar_type()) : x.scalar_type();
+}
+
+DType as_dtype(at::ScalarType type, DType own) {
+  return type == at::kFloat ? DType::kFloat : type == at::kDouble ? DType::kDouble : own;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
+    const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
+    const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
+    const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
+    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
+    std::string_view node_activation, std::string_view leaf_activation, bool /*straight_through*/,
+    double /*slope*/) {
+  const Check check("fff::tree");
+  Arguments a = check_arguments(check, x, node_weight, node_bias, node_output, w1, b1, w2, b2,
+                                noise, leaf_scale, trees, tie_right,
+                                check.activation(node_activation, "node_activation"),
+                                check.activation(leaf_activation, "leaf_activation"), false);
+  TreeForward& p = a.params;
+  const at::ScalarType acc = accumulation_type(x.scalar_type());
+  const at::ScalarType sum = sum_type(x, trees);
+  at::Tensor output = at::empty(a.with_leading({p.shape.output_width}), x.options().dtype(sum));
+  at::Tensor scores = at::empty(a.with_leading({trees, p.shape.levels}), x.options().dtype(acc));
+  at::Tensor leaf = at::empty(a.with_leading({trees}), x.options().dtype(at::kLong));
+  if (p.shape.tokens > 0) {
+    p.output = output.data_ptr();
+    p.output_dtype = as_dtype(sum, p.dtype);
+    p.scores = scores.data_ptr();
+    p.leaf = leaf.data_ptr<int64_t>();
+    launch(check.op(), x, p, &cpu::Kernels::tree_forward, FFF_CUDA_KERNEL(tree_forward));
+  }
+  return {output.to(x.scalar_type()), scores, leaf};
+}
+
+std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor& node_weight,
+                                           const OptionalTensor& node_bias,
+                                           const OptionalTensor& noise, int64_t trees,
+                                           bool tie_right) {
+  const Check check("fff::descend");
+  Arguments a =
+      check_arguments(check, x, node_weight, node_bias, {}, {}, {}, {}, {}, noise, {}, trees,
+                      tie_right, Activation::kIdentity, Activation::kIdentity, true);
+  TreeForward& p = a.params;
+  const at::ScalarType acc = accumulation_type(x.scalar_type());
+  at::Tensor scores = at::empty(a.with_leading({trees, p.shape.levels}), x.options().dtype(acc));
+  at::Tensor leaf = at::empty(a.with_leading({trees}), x.options().dtype(at::kLong));
+  if (p.shape.tokens > 0) {
+    p.scores = scores.data_ptr();
+    p.leaf = leaf.data_ptr<int64_t>();
+    launch(check.op(), x, p, &cpu::Kernels::tree_forward, FFF_CUDA_KERNEL(tree_forward));
+  }
+  return {scores, leaf};
+}
+
+TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_scores,
+                            const at::Tensor& scores, const at::Tensor& leaf, const at::Tensor& x,
+                            const at::Tensor& node_weight, const OptionalTensor& node_bias,
+                            const OptionalTensor& node_output, const OptionalTensor& w1,
+                            const OptionalTensor& b1, const OptionalTensor& w2,
+                            const OptionalTensor& b2, const OptionalTensor& noise,
+                            const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
+                            std::string_view node_activation, std::string_view leaf_activation,
+                            bool straight_through, double slope, std::array<bool, 3> output_mask) {
+  const Check check("fff::tree_backward");
+  Arguments a = check_arguments(check, x, node_weight, node_bias, node_output, w1, b1, w2, b2,
+                                noise, leaf_scale, trees, tie_right,
+                                check.activation(node_activation, "node_activation"),
+                                check.activation(leaf_activation, "leaf_activation"), false);
+  const TreeShape& s = a.params.shape;
+  const at::ScalarType dtype = x.scalar_type();
+  const at::ScalarType acc = accumulation_type(dtype);
+  const auto output_shape = a.with_leading({s.output_width});
+  const auto scores_shape = a.with_leading({trees, s.levels});
+  check.optional(grad_output, "grad_output", x, dtype, output_shape);
+  check.optional(grad_scores, "grad_scores", x, acc, scores_shape);
+  check.optional(scores, "scores", x, acc, scores_shape);
+  check.optional(leaf, "leaf", x, at::kLong, a.with_leading({trees}));
+
+  const at::Tensor g =
+      defined(grad_output) ? grad_output->contiguous() : at::zeros(output_shape, x.options());
+  const OptionalTensor gs = contiguous(grad_scores);
+  const at::Tensor own_scores = scores.contiguous();
+  const at::Tensor own_leaf = leaf.contiguous();
+  const auto absent = [&] { return at::empty({0}, x.options()); };
+  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted) {
+    return defined(weight) && wanted ? at::zeros(weight->sizes(), weight->options().dtype(acc))
+                                     : absent();
+  };
+  const auto pointer = [](const at::Tensor& gradient) -> void* {
+    return gradient.numel() > 0 ? gradient.data_ptr() : nullptr;
+  };
+
+  const at::ScalarType sum = sum_type(x, trees);
+  const auto [mask_x, mask_nodes, mask_leaves] = output_mask;
+  const at::Tensor grad_x = mask_x ? at::empty(a.x.sizes(), x.options().dtype(sum)) : absent();
+  const at::Tensor grad_node_weight = gradient_of(a.node_weight, mask_nodes);
+  const at::Tensor grad_node_bias = gradient_of(a.node_bias, mask_nodes);
+  const at::Tensor grad_node_output = gradient_of(a.node_output, mask_nodes);
+  const at::Tensor grad_w1 = gradient_of(a.w1, mask_leaves);
+  const at::Tensor grad_b1 = gradient_of(a.b1, mask_leaves);
+  const at::Tensor grad_w2 = gradient_of(a.w2, mask_leaves);
+  const at::Tensor grad_b2 = gradient_of(a.b2, mask_leaves);
+
+  if (s.tokens > 0) {
+    TreeBackward p = {};
+    p.forward = a.params;
+    p.grad_output = g.data_ptr();
+    p.grad_scores = data_or_null(gs);
+    p.scores = own_scores.data_ptr();
+    p.leaf = own_leaf.data_ptr<int64_t>();
+    p.straight_through = straight_through;
+    p.slope = slope;
+    p.grad_x = pointer(grad_x);
+    p.grad_x_dtype = as_dtype(sum, a.params.dtype);
+    p.grad_node_weight = pointer(grad_node_weight);
+    p.grad_node_bias = pointer(grad_node_bias);
+    p.grad_node_output = pointer(grad_node_output);
+    p.grad_w1 = pointer(grad_w1);
+    p.grad_b1 = pointer(grad_b1);
+    p.grad_w2 = pointer(grad_w2);
+    p.grad_b2 = pointer(grad_b2);
+    launch(check.op(), x, p, &cpu::Kernels::tree_backward, FFF_CUDA_KERNEL(tree_backward));
+  }
+  return {grad_x.to(dtype),           grad_node_weight.to(dtype), grad_node_bias.to(dtype),
+          grad_node_output.to(dtype), grad_w1.to(dtype),          grad_b1.to(dtype),
+          grad_w2.to(dtype),          grad_b2.to(dtype)};
+}
+
+}  // namespace fff
