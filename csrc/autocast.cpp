@@ -28,8 +28,9 @@ class Cast {
   at::ScalarType dtype_;
 };
 
-OptionalTensor to_float(const OptionalTensor& t) {
-  return defined(t) ? OptionalTensor(t->to(at::kFloat)) : std::nullopt;
+// What multiplies or shifts the scores of x has their type. Autocast leaves float64 alone.
+OptionalTensor like_scores(const OptionalTensor& t, const at::Tensor& x) {
+  return defined(t) ? OptionalTensor(t->to(accumulation_type(x.scalar_type()))) : std::nullopt;
 }
 
 template <c10::DeviceType device>
@@ -46,8 +47,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autocast(
       c10::Dispatcher::singleton().findSchemaOrThrow("fff::tree", "").typed<decltype(tree)>();
   const Cast cast(device);
   return call.call(cast(x), cast(node_weight), cast(node_bias), cast(node_output), cast(w1),
-                   cast(b1), cast(w2), cast(b2), to_float(noise), to_float(leaf_scale), trees,
-                   tie_right, node_activation, leaf_activation, straight_through, slope);
+                   cast(b1), cast(w2), cast(b2), like_scores(noise, x), like_scores(leaf_scale, x),
+                   trees, tie_right, node_activation, leaf_activation, straight_through, slope);
 }
 
 template <c10::DeviceType device>
@@ -61,7 +62,8 @@ std::tuple<at::Tensor, at::Tensor> descend_autocast(const at::Tensor& x,
   static const auto call =
       c10::Dispatcher::singleton().findSchemaOrThrow("fff::descend", "").typed<decltype(descend)>();
   const Cast cast(device);
-  return call.call(cast(x), cast(node_weight), cast(node_bias), to_float(noise), trees, tie_right);
+  return call.call(cast(x), cast(node_weight), cast(node_bias), like_scores(noise, x), trees,
+                   tie_right);
 }
 
 template <c10::DeviceType device>

@@ -1,7 +1,7 @@
 """The differentiable ops as Python autograd functions, for torch.func transforms only.
 
 The ops carry their autograd in C++, which costs a third of what Python's does per call, but which
-torch.func cannot transform. These functions have the same signatures and call the same ops.
+torch.func cannot transform. The functions below have the ops' signatures and call the ops.
 """
 
 from __future__ import annotations
@@ -12,6 +12,19 @@ import torch
 from torch import Tensor
 
 _ops = torch.ops.fff
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast makes of the arguments of an op.
+
+    It casts below Python's autograd functions, which save what they are given, but above those of
+    C++. Here too what is saved has to match the gradient's dtype.
+    """
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 class _Backward(torch.autograd.Function):
@@ -32,7 +45,7 @@ class _Backward(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op.name()} cannot be differentiated: there is no double backward")
 
 
-class LeafMixture(torch.autograd.Function):
+class _LeafMixture(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -48,7 +61,7 @@ class LeafMixture(torch.autograd.Function):
         return _Backward.apply(_ops.leaf_mixture_backward.default, grad_mixture, *ctx.saved_tensors)
 
 
-class GatedActivation(torch.autograd.Function):
+class _GatedActivation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -68,7 +81,7 @@ class GatedActivation(torch.autograd.Function):
         return *grads, None
 
 
-class Tree(torch.autograd.Function):
+class _Tree(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -98,3 +111,15 @@ class Tree(torch.autograd.Function):
         )
         wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
         return *wanted, *(None,) * 8
+
+
+def leaf_mixture(node_logits: Tensor) -> Any:
+    return _LeafMixture.apply(node_logits)
+
+
+def gated_activation(pre: Tensor, mixture: Tensor, activation: str) -> Any:
+    return _GatedActivation.apply(*_autocast(pre, mixture), activation)
+
+
+def tree(*args: Any) -> Any:
+    return _Tree.apply(*_autocast(*args[:8]), *args[8:])

@@ -30,14 +30,15 @@ was expected and what was given: a RuntimeError or ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _functorch
 from ._arguments import check_choice, reject
-from ._functorch import GatedActivation, LeafMixture, Tree
 from .reference import ACTIVATIONS, SoftTreeOutput, TreeOutput, node_reach
 
 __all__ = [
@@ -61,10 +62,10 @@ _gated_activation = torch.ops.fff.gated_activation.default
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Any:
-    """``op``, or its Python autograd function where a torch.func transform is active."""
+def _differentiable(op: Any, transformable: Callable[..., Any]) -> Any:
+    """``op``, or its transformable form where a torch.func transform is active."""
     if _transforms_active() and not torch.compiler.is_compiling():
-        return function.apply
+        return transformable
     return op
 
 
@@ -111,7 +112,7 @@ def tree(
         output [..., out], scores [..., K, levels] and leaf [..., K]: see :class:`TreeOutput`.
     """
     return TreeOutput(
-        *_differentiable(_tree, Tree)(
+        *_differentiable(_tree, _functorch.tree)(
             x,
             node_weight,
             node_bias,
@@ -157,7 +158,7 @@ def leaf_mixture(node_logits: Tensor) -> Tensor:
     mixture_leaf is the product over the leaf's path of sigmoid(z) where the path turns right and of
     sigmoid(-z) = 1 - sigmoid(z) where it turns left. They sum to 1; d = 0 gives ones [..., 1].
     """
-    mixture: Tensor = _differentiable(_leaf_mixture, LeafMixture)(node_logits)
+    mixture: Tensor = _differentiable(_leaf_mixture, _functorch.leaf_mixture)(node_logits)
     return mixture
 
 
@@ -171,7 +172,7 @@ def gated_activation(pre: Tensor, mixture: Tensor, activation: str = "relu") -> 
     Returns:
         [..., L * l]: activation(pre) * mixture, each weight repeated l times.
     """
-    gated = _differentiable(_gated_activation, GatedActivation)
+    gated = _differentiable(_gated_activation, _functorch.gated_activation)
     hidden: Tensor = gated(pre, mixture, activation)
     return hidden
 

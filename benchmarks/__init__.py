@@ -1,0 +1,1 @@
+"""Benchmarks of torch_fff against the strongest layers a user could pick instead; see README.md."""

@@ -1,0 +1,70 @@
+"""The baselines by name. Dense ones have as many neurons as the trees, narrow ones as many as a
+token visits."""
+
+from __future__ import annotations
+
+from . import batched, dense, experts, masked, onednn, published
+from .baseline import Baseline
+
+BASELINES: dict[str, Baseline] = {
+    "dense-eager": Baseline(
+        "nn.Linear, activation, nn.Linear",
+        dense.eager,
+        lambda case: dense.dense_bytes(case, case.equal_width),
+    ),
+    "dense-compiled": Baseline(
+        "the same through torch.compile: max-autotune, in inference freezing",
+        dense.compiled,
+        onednn.needs,
+    ),
+    "dense-onednn": Baseline(
+        "the same through oneDNN: in inference prepared weights and fused activation",
+        onednn.equal,
+        onednn.needs,
+    ),
+    "dense-vectors": Baseline(
+        "the same by vector operations only",
+        dense.vectors,
+        lambda case: 2 * dense.dense_bytes(case, case.equal_width),
+        dense.vectors_unfit,
+    ),
+    "narrow-eager": Baseline(
+        "dense layer of equal inference width, eager",
+        dense.narrow_eager,
+        lambda case: dense.dense_bytes(case, case.visited),
+    ),
+    "narrow-onednn": Baseline(
+        "dense layer of equal inference width, oneDNN",
+        onednn.narrow,
+        onednn.narrow_needs,
+    ),
+    "masked": Baseline(
+        "all neurons and a mask, as UltraFastBERT ships",
+        masked.build,
+        masked.needs,
+        masked.unfit,
+        same_function=True,
+    ),
+    "batched": Baseline(
+        "rows gathered per token, batched matrix products",
+        batched.build,
+        batched.needs,
+        batched.unfit,
+        same_function=True,
+    ),
+    "published": Baseline(
+        "the PyPI package fastfeedforward",
+        published.build,
+        published.needs,
+        published.unfit,
+        same_function=True,
+    ),
+    "experts": Baseline(
+        "top-1 mixture of experts of the leaves' width",
+        experts.build,
+        experts.needs,
+        experts.unfit,
+    ),
+}
+
+__all__ = ["BASELINES", "Baseline"]

@@ -1,0 +1,77 @@
+"""A mixture of experts, top 1: a linear gate chooses one of the leaves' like for every token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_fff import FFF
+
+from ..case import Case
+from ..layers import Layer, activation
+
+
+class Experts(nn.Module):
+    """Tokens are grouped by expert; a loop over the experts that have any computes each group.
+
+    w1 [experts, l, in], b1 [experts, l], w2 [experts, l, out], b2 [experts, out]
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+    def __init__(self, gate: nn.Linear, weights: tuple[Tensor, ...], act: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+        self.w1, self.b1, self.w2, self.b2 = weights
+        self.activation = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
+        best, expert = logits.max(1)
+        share = torch.exp(best - logits.logsumexp(1))
+        order = expert.argsort()
+        experts, counts = torch.unique_consecutive(expert[order], return_counts=True)
+        groups = x[order].split(counts.tolist())
+        w1, b1, w2, b2 = self._experts()
+        outputs = [
+            torch.addmm(b2[e], self.activation(F.linear(tokens, w1[e], b1[e])), w2[e])
+            for e, tokens in zip(experts.tolist(), groups, strict=True)
+        ]
+        grouped = torch.cat(outputs) * share[order].unsqueeze(1)
+        return torch.empty_like(grouped).index_copy(0, order, grouped)
+
+    def _experts(self) -> Sequence[Tensor | tuple[Tensor, ...]]:
+        weights = [self.w1, self.b1, self.w2, self.b2]
+        if not torch.is_grad_enabled():
+            return weights
+        # The gradient of an index is as large as all experts, that of unbind is put together once.
+        return [weight.unbind() for weight in weights]
+
+
+def build(case: Case, layer: Layer, x: Tensor) -> nn.Module:
+    """The experts are the layer's own leaf weights, to spare memory."""
+    torch.manual_seed(0)
+    gate = nn.Linear(case.input_width, case.leaves, dtype=case.torch_dtype)
+    bound = 1 / math.sqrt(case.input_width)
+    nn.init.uniform_(gate.weight, -bound, bound)
+    assert isinstance(layer, FFF)
+    return Experts(gate, (layer.w1, layer.b1, layer.w2, layer.b2), activation(case))
+
+
+def needs(case: Case) -> int:
+    gate = (case.input_width + 2 * case.tokens) * case.leaves
+    hidden = case.tokens * (case.leaf_width + case.input_width + case.output_width)
+    return 3 * (gate + hidden) * case.itemsize
+
+
+def unfit(case: Case) -> str:
+    if not case.leaf_width:
+        return "trees of neurons have no leaves to make experts of"
+    return "" if case.trees == 1 else "one tree's leaves make one set of experts"

@@ -1,0 +1,112 @@
+"""One measurement: a layer, the tokens it gets, and what it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FORWARD, TRAINING = "forward", "training"
+NONE, STRAIGHT_THROUGH, SOFT = "none", "straight-through", "soft"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """UltraFFF (trees of neurons, GELU) if ``leaf_width`` is 0, else FFF (leaf networks, ReLU).
+
+    step: "forward" (inference mode, hard routing) or "training" (forward, and backward to the
+        input and all weights).
+    routing: in training, the gradient of the routing: "none", "straight-through" or "soft".
+    layers: so many layers, each with weights of its own, are called in turn; with 12 the weights
+        come from memory or a far cache, as in a whole model.
+    dense_width: neurons of the dense baselines; 0 for as many as the trees have.
+    memory: also measure the peak memory of a training step.
+    """
+
+    suite: str
+    depth: int
+    tokens: int
+    trees: int = 1
+    leaf_width: int = 0
+    input_width: int = 768
+    output_width: int = 768
+    dtype: str = "float32"
+    step: str = FORWARD
+    routing: str = NONE
+    layers: int = 1
+    dense_width: int = 0
+    memory: bool = False
+    baselines: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite}/" + "-".join(part for part in self._parts().values() if part)
+
+    def series(self, axis: str) -> str:
+        """The name without what varies along an axis of a plot: a field or ``neurons``."""
+        varying = "tokens" if axis == "tokens" else "geometry"
+        return "-".join(part for key, part in self._parts().items() if part and key != varying)
+
+    def _parts(self) -> dict[str, str]:
+        widths = (self.input_width, self.output_width)
+        return {
+            "geometry": self.geometry,
+            "widths": "" if widths == (768, 768) else "w{}x{}".format(*widths),
+            "dense": f"vs{self.dense_width}" if self.dense_width else "",
+            "tokens": f"t{self.tokens}",
+            "dtype": _SHORT[self.dtype],
+            "step": "" if self.step == FORWARD else f"training-{self.routing}",
+            "layers": f"cold{self.layers}" if self.layers > 1 else "",
+        }
+
+    @property
+    def geometry(self) -> str:
+        if not self.leaf_width:
+            return f"{self.trees}x{self.depth}"
+        trees = f"{self.trees}x-" if self.trees > 1 else ""
+        return f"{trees}l{self.leaf_width}-d{self.depth}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
+
+    @property
+    def levels(self) -> int:
+        """Levels of nodes of a tree."""
+        return self.depth if self.leaf_width else self.depth + 1
+
+    @property
+    def leaves(self) -> int:
+        """Leaf networks of all trees."""
+        return self.trees * (1 << self.depth) if self.leaf_width else 0
+
+    @property
+    def neurons(self) -> int:
+        """The training width: neurons that have an output row."""
+        if self.leaf_width:
+            return self.leaves * self.leaf_width
+        return self.trees * ((2 << self.depth) - 1)
+
+    @property
+    def visited(self) -> int:
+        """The inference width: neurons that a token touches, nodes that only decide included."""
+        return self.trees * (self.levels + self.leaf_width)
+
+    @property
+    def equal_width(self) -> int:
+        """Neurons of the dense baselines."""
+        return self.dense_width or self.neurons
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights of one layer; biases are small change."""
+        nodes = self.trees * ((1 << self.levels) - 1)
+        inputs = nodes + self.leaves * self.leaf_width
+        return (inputs * self.input_width + self.neurons * self.output_width) * self.itemsize

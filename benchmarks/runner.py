@@ -1,0 +1,170 @@
+"""Runs cases: build, check, time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .baselines import BASELINES
+from .case import FORWARD, TRAINING, Case
+from .check import Mismatch, Sample, check_baseline, check_forward, check_training
+from .layers import Layer
+from .memory import free_bytes, peak_bytes
+from .results import OURS, CaseResult
+from .timing import Call, Effort, measure
+
+_ROTATED_TOKENS = 4096  # different tokens in turn, so that no contender keeps meeting one path
+_MOST_INPUTS = 256
+_FEWEST_INPUTS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    effort: Effort
+    skip: frozenset[str] = frozenset()
+
+
+def run_case(case: Case, options: Options) -> CaseResult:
+    """Never raises for what goes wrong within the case: the result tells."""
+    result = CaseResult(case)
+    needed = _needed_bytes(case)
+    if needed > free_bytes():
+        result.error = f"needs {_gigabytes(needed)}, free are {_gigabytes(free_bytes())}"
+        return result
+    try:
+        _run(case, options, result)
+    except Exception as error:
+        result.error = _described(error)
+    finally:
+        if "dense-compiled" in case.baselines:
+            torch.compiler.reset()
+        gc.collect()
+    return result
+
+
+def _run(case: Case, options: Options, result: CaseResult) -> None:
+    tested = [layers.build(case, seed) for seed in range(case.layers)]
+    inputs = _inputs(case)
+    if case.step == TRAINING:
+        x, grad = inputs[0]
+        result.deviations, samples = check_training(case, tested[0], x, grad)
+    else:
+        result.deviations, samples = check_forward(case, tested[0], inputs)
+    contenders: dict[str, Sequence[nn.Module]] = {OURS: tested}
+    for name in case.baselines:
+        reason = _unfit(name, case, options)
+        if not reason:
+            try:
+                contenders[name] = _build_baseline(name, case, tested, samples)
+            except Mismatch:
+                raise
+            except Exception as error:
+                reason = _described(error)
+        if reason:
+            result.skipped[name] = reason
+    calls: dict[str, Sequence[Call]] = {
+        name: _calls(case, modules) for name, modules in contenders.items()
+    }
+    with torch.inference_mode(case.step == FORWARD):
+        outcomes = measure(calls, inputs, options.effort)
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, str):
+            result.skipped[name] = outcome
+            continue
+        if case.memory:
+            outcome = replace(outcome, peak_bytes=_peak_bytes(calls[name][0], contenders, inputs))
+        result.timings[name] = outcome
+    if result.ours is None:
+        result.error = result.skipped.pop(OURS)
+
+
+def _inputs(case: Case) -> list[Any]:
+    """x [tokens, in] each; for training (x, grad of the output)."""
+    torch.manual_seed(case.tokens)
+    count = min(_MOST_INPUTS, max(_FEWEST_INPUTS, _ROTATED_TOKENS // case.tokens))
+
+    def normal(width: int) -> list[Tensor]:
+        shape = (count, case.tokens, width)
+        return list(torch.randn(shape, dtype=case.torch_dtype).unbind())
+
+    if case.step == FORWARD:
+        return normal(case.input_width)
+    tokens = [x.requires_grad_() for x in normal(case.input_width)]
+    return list(zip(tokens, normal(case.output_width), strict=True))
+
+
+def _unfit(name: str, case: Case, options: Options) -> str:
+    if name in options.skip:
+        return "not wanted in this run"
+    baseline = BASELINES[name]
+    reason = baseline.unfit(case)
+    needed = baseline.needs(case) * case.layers
+    if not reason and needed > free_bytes():
+        reason = f"needs {_gigabytes(needed)}, free are {_gigabytes(free_bytes())}"
+    return reason
+
+
+def _build_baseline(
+    name: str, case: Case, tested: Sequence[Layer], samples: list[Sample]
+) -> list[nn.Module]:
+    baseline = BASELINES[name]
+    built = [baseline.build(case, layer, samples[0].x) for layer in tested]
+    if baseline.same_function:
+        check_baseline(name, built[0], samples)
+    return built
+
+
+def _calls(case: Case, modules: Sequence[nn.Module]) -> list[Call]:
+    if case.step == FORWARD:
+        return list(modules)
+    return [_training_step(module) for module in modules]
+
+
+def _training_step(module: nn.Module) -> Call:
+    """Gradients of x and of all weights, from none: what a layer in the middle of a model does."""
+    parameters = list(module.parameters())
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        x, grad = batch
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        module(x).backward(grad)
+
+    return step
+
+
+def _peak_bytes(
+    call: Callable[[Any], object], contenders: dict[str, Sequence[nn.Module]], inputs: list[Any]
+) -> int | None:
+    """Beyond weights and inputs, which all contenders have alike."""
+    for modules in contenders.values():
+        for module in modules:
+            module.zero_grad()
+    for x, _ in inputs:
+        x.grad = None
+    return peak_bytes(lambda: call(inputs[0]))
+
+
+def _needed_bytes(case: Case) -> int:
+    """An estimate for the layers, their gradients, the inputs and the reference's copies."""
+    copies = 2 if case.step == TRAINING else 1
+    reference = 4 / case.itemsize - 1 + (copies - 1) * 4 / case.itemsize
+    count = max(_FEWEST_INPUTS, _ROTATED_TOKENS // case.tokens)
+    tokens = count * case.tokens * (case.input_width + case.output_width) * case.itemsize
+    return int(case.weight_bytes * (case.layers * copies + reference)) + copies * tokens
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _described(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

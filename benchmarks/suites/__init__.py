@@ -1,0 +1,40 @@
+"""The registry: every suite by name, every case in one of them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from ..case import Case
+from . import (
+    depth,
+    forward,
+    leaves,
+    paper_2308_14711,
+    paper_2311_10770,
+    soft,
+    training,
+    trees,
+)
+from .suite import Plot, Suite
+
+_MODULES = (forward, training, depth, trees, leaves, soft, paper_2311_10770, paper_2308_14711)
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
+
+__all__ = ["SUITES", "Plot", "Suite", "select"]
+
+
+def select(patterns: list[str]) -> list[Case]:
+    """Cases whose suite is named, or whose name fits as a glob or contains the pattern.
+
+    All cases if there is no pattern.
+    """
+
+    def wanted(case: Case) -> bool:
+        return not patterns or any(
+            case.suite == pattern
+            or fnmatchcase(case.name, pattern)
+            or (pattern not in SUITES and pattern in case.name)
+            for pattern in patterns
+        )
+
+    return [case for suite in SUITES.values() for case in suite.cases if wanted(case)]

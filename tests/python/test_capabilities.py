@@ -1,0 +1,110 @@
+"""Every CPU instruction set gives the same results, and every number of threads the same bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_fff
+from cases import make_case
+from tolerances import TOLERANCE, assert_close
+from torch_fff import functional
+
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
+TREES = {
+    "fff": {"levels": 5, "leaf_width": 9, "leaf_activation": "gelu"},
+    "several": {"trees": 3, "noise": True, "leaf_scale": True, "leaf_activation": "relu"},
+    "neurons": {"levels": 6, "leaf_width": None, "node_activation": "gelu_tanh", "trees": 2},
+    "both": {"node_output": True, "node_activation": "silu", "levels": 4},
+}
+
+# Runs in a process of its own: ATen reads ATEN_CPU_CAPABILITY once, when it is loaded.
+PROGRAM = """
+import sys
+import torch
+from cases import TreeCase
+from torch_fff import functional
+
+capability, inputs, outputs = sys.argv[1:]
+assert torch.backends.cpu.get_cpu_capability() == capability
+problems = torch.load(inputs)
+
+def solve(problem):
+    if isinstance(problem, list):
+        pre, logits, grad = problem
+        mixture = functional.leaf_mixture(logits.requires_grad_())
+        hidden = functional.gated_activation(pre.requires_grad_(), mixture, "gelu")
+        gradients = torch.autograd.grad(hidden, (pre, logits), grad)
+        return [mixture.detach(), hidden.detach(), *gradients]
+    case = TreeCase(problem["tensors"], problem["options"])
+    result, gradients = case.gradients(functional.tree, *problem["grads"])
+    return [t.detach() for t in (*result, *gradients.values())]
+
+solved = {}
+for key, problem in problems.items():
+    torch.set_num_threads(2)
+    two = solve(problem)
+    torch.set_num_threads(1)
+    solved[key] = solve(problem)
+    for i, (a, b) in enumerate(zip(solved[key], two, strict=True)):
+        assert torch.equal(a, b), f"{key}, tensor {i}: 1 and 2 threads differ"
+torch.save(solved, outputs)
+"""
+
+
+def problems():
+    """Inputs by name and dtype. Random numbers themselves depend on the instruction set."""
+    for dtype in TOLERANCE:
+        for name, options in TREES.items():
+            case = make_case(
+                dtype=dtype, tokens=(1500,), width=67, out=35, straight_through=True, **options
+            )
+            output, scores, _ = case.run(functional.tree)
+            grads = [torch.randn_like(output), torch.randn_like(scores)]
+            problem = {"tensors": case.tensors, "options": case.options, "grads": grads}
+            yield (name, str(dtype)), problem
+        soft = [torch.randn(1500, width).to(dtype) for width in (64 * 5, 63, 64 * 5)]
+        yield ("soft", str(dtype)), soft
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results under each instruction set that this CPU has."""
+    folder = tmp_path_factory.mktemp("capabilities")
+    torch.save(dict(problems()), folder / "inputs.pt")
+    paths = [Path(torch_fff.__file__).parents[1], Path(__file__).parent]
+    best = CAPABILITIES.index(torch.backends.cpu.get_cpu_capability())
+    found = {}
+    for capability in CAPABILITIES[: best + 1]:
+        outputs = folder / f"{capability}.pt"
+        environment = {
+            **os.environ,
+            "ATEN_CPU_CAPABILITY": capability.lower(),
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, capability, folder / "inputs.pt", outputs],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{capability}: {done.stderr}"
+        found[capability] = torch.load(outputs)
+    return found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", [*TREES, "soft"])
+def test_same_results(results, name, dtype):
+    key = (name, str(dtype))
+    for capability, found in results.items():
+        pairs = zip(found[key], results["DEFAULT"][key], strict=True)
+        for i, (actual, expected) in enumerate(pairs):
+            where = f"{capability}, tensor {i}"
+            if actual.dtype == torch.int64:
+                assert torch.equal(actual, expected), where
+            else:
+                assert_close(actual, expected, name=where)
