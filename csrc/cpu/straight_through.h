@@ -31,7 +31,7 @@ class Alternates {
         x_(static_cast<const T*>(p.forward.x)),
         grad_output_(static_cast<const T*>(p.grad_output)),
         others_(others),
-        children_(2 * (s_.decisions + 1)),
+        children_(4 * s_.levels),
         pre_(s_.leaf_width * kTokenTile),
         dots_(s_.leaf_width * kTokenTile) {}
 
@@ -50,66 +50,136 @@ class Alternates {
              const std::vector<Item>& items) {
     if (level == s_.levels) {
       visit_leaf(position, items);
-      return;
-    }
-    const bool routes = level < s_.decisions;
-    std::vector<Item>& left = children_[2 * std::min(level, s_.decisions)];
-    std::vector<Item>& right = children_[2 * std::min(level, s_.decisions) + 1];
-    left.clear();
-    right.clear();
-    for (int64_t i = 0; i < static_cast<int64_t>(items.size()); i += kTokenTile) {
-      const int n = static_cast<int>(std::min<int64_t>(kTokenTile, items.size() - i));
-      A s[kTokenTile];
-      visit_node((int64_t(1) << level) - 1 + position, items.data() + i, n, s);
-      for (int j = 0; routes && j < n; ++j) {
-        (goes_right(s[j], items[i + j], level) ? right : left).push_back(items[i + j]);
-      }
-    }
-    if (!routes) {
-      return;
-    }
-    const int64_t first_right = ((2 * position + 1) << (s_.decisions - 1 - level));
-    const int64_t middle =
-        std::lower_bound(order_.leaf.begin() + begin, order_.leaf.begin() + end, first_right) -
-        order_.leaf.begin();
-    for (int64_t at = middle; at < end; ++at) {
-      left.push_back({at, level});
-    }
-    for (int64_t at = begin; at < middle; ++at) {
-      right.push_back({at, level});
-    }
-    if (begin < middle || !left.empty()) {
-      visit(2 * position, level + 1, begin, middle, left);
-    }
-    if (middle < end || !right.empty()) {
-      visit(2 * position + 1, level + 1, middle, end, right);
+    } else if (level + 2 <= s_.levels && static_cast<int64_t>(items.size()) >= kTokenTile) {
+      visit_levels<2>(position, level, begin, end, items);
+    } else {
+      visit_levels<1>(position, level, begin, end, items);
     }
   }
 
-  void visit_node(int64_t node, const Item* items, int n, A* s) {
-    const T* vectors[kTokenTile];
-    A out[1][kTokenTile];
-    for (int j = 0; j < n; ++j) {
-      vectors[j] = x_ + order_.tokens[items[j].at] * s_.input_width;
+  // Levels = 2 scores the node and both its children at once: a third of the products is for
+  // nothing, but x and grad_output are read half as often.
+  template <int Levels>
+  void visit_levels(int64_t position, int level, int64_t begin, int64_t end,
+                    const std::vector<Item>& items) {
+    constexpr int exits = 1 << Levels;
+    std::vector<Item>* below = children_.data() + 4 * level;
+    std::for_each(below, below + exits, [](std::vector<Item>& list) { list.clear(); });
+    for_tiles(static_cast<int64_t>(items.size()),
+              [&](int64_t i, int n) { pass<Levels>(position, level, items.data() + i, n, below); });
+
+    // Where the tokens on their paths leave: those of exit q are [bound[q], bound[q + 1]).
+    const int routed = std::min(Levels, s_.decisions - level);
+    if (routed == 0) {
+      return;
     }
-    const T* row = tree_.node_weight + node * s_.input_width;
-    dots<1>(&row, vectors, n, s_.input_width, out);
-    const A bias = tree_.node_bias ? static_cast<A>(tree_.node_bias[node]) : A(0);
-    for (int j = 0; j < n; ++j) {
-      s[j] = out[0][j] + bias;
+    int64_t bound[exits + 1];
+    bound[0] = begin;
+    for (int q = 1; q <= 1 << routed; ++q) {
+      bound[q] = first_at((position << routed) + q, level + routed, bound[q - 1], end);
+    }
+    if constexpr (Levels == 2) {
+      if (routed == 2) {
+        branch_off(2 * position + 1, level + 1, bound[0], bound[2], level, below + 2);
+        branch_off(2 * position, level + 1, bound[2], bound[4], level, below);
+      } else {
+        branch_off(2 * position + 1, level + 1, bound[0], bound[1], level, below + 2);
+        branch_off(2 * position, level + 1, bound[1], bound[2], level, below);
+        return;
+      }
+    }
+    for (int q = 0; q < exits; ++q) {
+      for (int64_t at = bound[q]; at < bound[q + 1]; ++at) {
+        below[q ^ 1].push_back({at, level + Levels - 1});
+      }
+    }
+    for (int q = 0; q < exits; ++q) {
+      if (bound[q] < bound[q + 1] || !below[q].empty()) {
+        visit(exits * position + q, level + Levels, bound[q], bound[q + 1], below[q]);
+      }
+    }
+  }
+
+  // The alternates that tokens [begin, end) bring to a node when their paths take its sibling.
+  void branch_off(int64_t position, int level, int64_t begin, int64_t end, int decision,
+                  std::vector<Item>* below) {
+    for_tiles(end - begin, [&](int64_t i, int n) {
+      Item items[kTokenTile];
+      for (int j = 0; j < n; ++j) {
+        items[j] = {begin + i + j, decision};
+      }
+      pass<1>(position, level, items, n, below);
+    });
+  }
+
+  // Takes n <= kTokenTile alternates through `Levels` levels and hands them to the lists of the
+  // exits.
+  template <int Levels>
+  void pass(int64_t position, int level, const Item* items, int n, std::vector<Item>* below) {
+    constexpr int rows = (1 << Levels) - 1;
+    const int64_t node = (int64_t(1) << level) - 1 + position;
+    A s[rows][kTokenTile] = {};
+    A value[rows][kTokenTile] = {};
+    row_dots<rows>(tree_.node_weight, node, x_, s_.input_width, items, n, s);
+    if (tree_.node_bias) {
+      for (int r = 0; r < rows; ++r) {
+        const A bias = static_cast<A>(tree_.node_bias[row_index(node, r)]);
+        for (int j = 0; j < n; ++j) {
+          s[r][j] += bias;
+        }
+      }
     }
     if (tree_.node_output) {
-      for (int j = 0; j < n; ++j) {
-        vectors[j] = grad_output_ + order_.tokens[items[j].at] * s_.output_width;
-      }
-      row = tree_.node_output + node * s_.output_width;
-      dots<1>(&row, vectors, n, s_.output_width, out);
-      A gates[kTokenTile];
-      activate_all(p_.forward.node_activation, s, n, gates);
-      for (int j = 0; j < n; ++j) {
-        other(items[j]) += gates[j] * out[0][j];
+      A gates[rows][kTokenTile];
+      activate_all(p_.forward.node_activation, s[0], rows * kTokenTile, gates[0]);
+      row_dots<rows>(tree_.node_output, node, grad_output_, s_.output_width, items, n, value);
+      for (int r = 0; r < rows; ++r) {
+        for (int j = 0; j < n; ++j) {
+          value[r][j] *= gates[r][j];
+        }
       }
     }
+    for (int j = 0; j < n; ++j) {
+      A sum = value[0][j];
+      int exit = goes_right(s[0][j], items[j], level);
+      if constexpr (Levels == 2) {
+        sum += value[1 + exit][j];
+        exit = 2 * exit + goes_right(s[1 + exit][j], items[j], level + 1);
+      }
+      other(items[j]) += sum;
+      below[exit].push_back(items[j]);
+    }
+  }
+
+  // The row of a node (r = 0) or of its left or right child (1, 2).
+  static int64_t row_index(int64_t node, int r) { return r == 0 ? node : 2 * node + r; }
+
+  template <int Rows>
+  void row_dots(const T* weight, int64_t node, const T* vectors, int64_t width, const Item* items,
+                int n, A (*out)[kTokenTile]) const {
+    const T* row[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      row[r] = weight + row_index(node, r) * width;
+    }
+    const T* xs[kTokenTile];
+    for (int j = 0; j < n; ++j) {
+      xs[j] = vectors + order_.tokens[items[j].at] * width;
+    }
+    dots<Rows>(row, xs, n, width, out);
+  }
+
+  template <typename F>
+  static void for_tiles(int64_t count, const F& f) {
+    for (int64_t i = 0; i < count; i += kTokenTile) {
+      f(i, static_cast<int>(std::min<int64_t>(kTokenTile, count - i)));
+    }
+  }
+
+  // The first token in [begin, end) of the leaf order whose path is at `position` in `level`, or
+  // further right.
+  int64_t first_at(int64_t position, int level, int64_t begin, int64_t end) const {
+    const auto leaf = order_.leaf.begin();
+    return std::lower_bound(leaf + begin, leaf + end, position << (s_.decisions - level)) - leaf;
   }
 
   void visit_leaf(int64_t leaf, const std::vector<Item>& items) {
@@ -154,7 +224,7 @@ class Alternates {
   const T* x_;
   const T* grad_output_;
   A* others_;
-  std::vector<std::vector<Item>> children_;  // [level][left, right]
+  std::vector<std::vector<Item>> children_;  // [level][exit]
   std::vector<A> pre_;                       // [leaf_width, kTokenTile]
   std::vector<A> dots_;                      // [leaf_width, kTokenTile]
 };
@@ -164,7 +234,7 @@ std::vector<acc_t<T>> alternate_contributions(const TreeBackward& p, int64_t tre
                                               const LeafOrder& order) {
   const TreeShape& s = p.forward.shape;
   std::vector<acc_t<T>> others(s.tokens * s.levels, acc_t<T>(0));
-  constexpr int64_t chunk = 1024;
+  constexpr int64_t chunk = 2048;
   at::parallel_for(0, (s.tokens + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
     Alternates<T> alternates(p, tree, order, others.data());
     for (int64_t c = begin; c < end; ++c) {
