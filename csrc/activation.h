@@ -45,12 +45,12 @@ FFF_HOST_DEVICE inline A activate(Activation kind, A s) {
   return s;
 }
 
-// d activation(s) / ds, with torch's convention of 0 at ReLU's corner.
+// d activation(s) / ds, as torch has it: 0 at ReLU's corner, 1 at a NaN.
 template <typename A>
 FFF_HOST_DEVICE inline A activation_slope(Activation kind, A s) {
   switch (kind) {
     case Activation::kRelu:
-      return s > A(0) ? A(1) : A(0);
+      return s <= A(0) ? A(0) : A(1);
     case Activation::kGelu: {
       const A cdf = A(0.5) * (A(1) + std::erf(s * A(detail::kInvSqrt2)));
       return cdf + s * A(detail::kInvSqrt2Pi) * std::exp(A(-0.5) * s * s);

@@ -44,7 +44,7 @@ Activation Check::activation(std::string_view name, const char* argument) const 
 void Check::same(const at::Tensor& t, const char* argument, const at::Tensor& like,
                  at::ScalarType dtype) const {
   TORCH_CHECK(t.device() == like.device(), op_, ": ", argument, " must be on ", like.device(),
-              " like x, got ", t.device());
+              " like the first tensor, got ", t.device());
   TORCH_CHECK(t.scalar_type() == dtype, op_, ": ", argument, " must be ", dtype, ", got ",
               t.scalar_type());
 }

@@ -39,7 +39,7 @@ class Check {
 
   DType dtype(const at::Tensor& t, const char* argument) const;
   Activation activation(std::string_view name, const char* argument) const;
-  // `t` lies on the device of `like` and has the given dtype.
+  // `t` lies on the device of `like`, the operator's first tensor, and has the given dtype.
   void same(const at::Tensor& t, const char* argument, const at::Tensor& like,
             at::ScalarType dtype) const;
   void shape(const at::Tensor& t, const char* argument, at::IntArrayRef expected) const;

@@ -90,15 +90,17 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
                 ": node_output or w1 and w2 must be given, got neither");
     TORCH_CHECK(routes_only || s.levels >= 1, check.op(),
                 ": a tree without leaf networks must have at least one node, got none");
+    const char* given = defined(b1) ? "b1" : defined(b2) ? "b2" : "leaf_scale";
     TORCH_CHECK(!defined(b1) && !defined(b2) && !defined(leaf_scale), check.op(),
-                ": b1, b2 and leaf_scale must be absent without w1 and w2");
+                ": b1, b2 and leaf_scale must be absent without w1 and w2, got ", given);
     TORCH_CHECK(routes_only || node_output->dim() == 2, check.op(),
                 ": node_output must have shape [trees * nodes, output_width], got shape ",
                 routes_only ? at::IntArrayRef() : node_output->sizes());
     s.output_width = routes_only ? 0 : node_output->size(1);
   }
   check.optional(node_output, "node_output", x, dtype, {nodes, s.output_width});
-  TORCH_CHECK(s.levels < 48, check.op(), ": node_weight must have fewer than 48 levels");
+  TORCH_CHECK(s.levels < 48, check.op(), ": node_weight must have fewer than 48 levels, got ",
+              s.levels);
 
   a.x = x.contiguous();
   a.node_weight = node_weight.contiguous();

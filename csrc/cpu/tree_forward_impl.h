@@ -1,10 +1,11 @@
 // Hard tree, forward: how the tokens are cut into groups that walk together.
 //
-//   one pass   chunks of tokens walk all levels of every tree; for few tokens, and for shallow
-//   trees, whose rows fit the cache two passes for deep trees and many tokens: chunks walk the top
-//   levels in the order in which they lie in memory, are sorted by
-//              the subtree they reach, and finish there together. A token is read twice, and a
-//              subtree's rows stay in the cache while all its tokens pass.
+// One pass: chunks of tokens walk all levels of every tree; for few tokens, and for shallow trees,
+// whose rows fit the cache.
+//
+// Two passes, for deep trees and many tokens: chunks walk the top levels in the order in which they
+// lie in memory, are sorted by the subtree they reach, and finish there together. A token is read
+// twice, and a subtree's rows stay in the cache while all its tokens pass.
 //
 // How the work is cut depends on the shapes alone, never on the number of threads, so that results
 // do not either.

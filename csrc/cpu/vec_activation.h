@@ -34,7 +34,7 @@ struct VecActivation {
     using V = Vec<A>;
     const V one(A(1));
     if constexpr (kind == Activation::kRelu) {
-      return V::blendv(V(A(0)), one, s > V(A(0)));
+      return V::blendv(one, V(A(0)), s <= V(A(0)));
     } else if constexpr (kind == Activation::kGelu) {
       const V cdf = V(A(0.5)) * (one + (s * V(A(detail::kInvSqrt2))).erf());
       return cdf + s * V(A(detail::kInvSqrt2Pi)) * (V(A(-0.5)) * s * s).exp();
