@@ -14,6 +14,12 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def exporting() -> bool:
+    """Whether torch.export runs this forward; it forbids setting attributes."""
+    # Dynamo of torch 2.11 takes is_exporting for true whenever it compiles.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 @torch.no_grad()
 def count_mixture(node_usage: Tensor, leaf_usage: Tensor, mixture: Tensor) -> None:
     """Add the weights with which tokens reach nodes and leaves (``mixture`` [..., K, leaves])."""

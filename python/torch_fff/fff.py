@@ -16,7 +16,7 @@ from ._arguments import check_choice, check_count, check_number, reject
 from ._auxiliary import attach_loss
 from ._checkpoint import FAST_FEEDFORWARD, misfits, to_own, to_published
 from ._routing import STRAIGHT_THROUGH, check_routing, decision_noise, score_dtype, tree_weights
-from ._usage import count_mixture, count_path, in_backward
+from ._usage import count_mixture, count_path, exporting, in_backward
 from .losses import leaf_balance_loss, node_balance_loss, node_entropies
 from .reference import ACTIVATIONS
 
@@ -294,7 +294,7 @@ class FFF(nn.Module):
         if self.master_leaf_width:
             output = self._mix_with_master_leaf(x, output)
         if training:
-            if not torch.compiler.is_exporting() and not in_backward():
+            if not exporting() and not in_backward():
                 self._node_logits = node_logits
             output = self._attach_losses(x, output, node_logits, balance)
         if return_entropies:
@@ -391,7 +391,7 @@ class FFF(nn.Module):
     ) -> Tensor:
         """``output``, whose backward adds the gradients of the layer's own losses."""
         losses = []
-        record = not torch.compiler.is_exporting()
+        record = not exporting()
         if self.hardening:
             entropy = self._entropies(x, node_logits).sum()
             losses.append(self.hardening * entropy)
