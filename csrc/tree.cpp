@@ -18,9 +18,9 @@ struct Arguments {
   TreeForward params;
   at::DimVector leading;  // x's dimensions before the last
 
-  std::vector<int64_t> with_leading(std::initializer_list<int64_t> last) const {
-    std::vector<int64_t> sizes(leading.begin(), leading.end());
-    sizes.insert(sizes.end(), last);
+  at::DimVector with_leading(std::initializer_list<int64_t> last) const {
+    at::DimVector sizes = leading;
+    sizes.append(last.begin(), last.end());
     return sizes;
   }
 };
@@ -129,6 +129,11 @@ at::ScalarType sum_type(const at::Tensor& x, int64_t trees) {
   return trees > 1 ? accumulation_type(x.scalar_type()) : x.scalar_type();
 }
 
+// A conversion that costs nothing, not even the call of an operator, where there is nothing to do.
+at::Tensor as_type(at::Tensor t, at::ScalarType type) {
+  return t.scalar_type() == type ? t : t.to(type);
+}
+
 DType as_dtype(at::ScalarType type, DType own) {
   return type == at::kFloat ? DType::kFloat : type == at::kDouble ? DType::kDouble : own;
 }
@@ -160,7 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
     p.leaf = leaf.data_ptr<int64_t>();
     launch(check.op(), x, p, &cpu::Kernels::tree_forward, FFF_CUDA_KERNEL(tree_forward));
   }
-  return {output.to(x.scalar_type()), scores, leaf};
+  return {as_type(output, x.scalar_type()), scores, leaf};
 }
 
 std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor& node_weight,
@@ -252,9 +257,10 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
     p.grad_b2 = pointer(grad_b2);
     launch(check.op(), x, p, &cpu::Kernels::tree_backward, FFF_CUDA_KERNEL(tree_backward));
   }
-  return {grad_x.to(dtype),           grad_node_weight.to(dtype), grad_node_bias.to(dtype),
-          grad_node_output.to(dtype), grad_w1.to(dtype),          grad_b1.to(dtype),
-          grad_w2.to(dtype),          grad_b2.to(dtype)};
+  return {as_type(grad_x, dtype),         as_type(grad_node_weight, dtype),
+          as_type(grad_node_bias, dtype), as_type(grad_node_output, dtype),
+          as_type(grad_w1, dtype),        as_type(grad_b1, dtype),
+          as_type(grad_w2, dtype),        as_type(grad_b2, dtype)};
 }
 
 }  // namespace fff
