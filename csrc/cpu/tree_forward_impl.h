@@ -42,10 +42,12 @@ inline int top_levels(const TreeShape& s) {
   return std::clamp(s.levels - kCacheLevels, 0, levels);
 }
 
-// Tokens that walk all levels together: a quarter of them, so that threads can share the work,
-// within bounds.
+// Tokens that walk all levels together: a part of them, so that threads can share the work, within
+// bounds. A forest is read from memory once per chunk: fewer and larger ones.
 inline int64_t one_pass_chunk(const TreeShape& s) {
-  return std::clamp<int64_t>(s.tokens / 4, 4, s.levels > kCacheLevels + 1 ? kDeepChunk : kChunk);
+  const int64_t chunks = s.trees > 1 ? 2 : 4;
+  const int64_t most = s.levels > kCacheLevels + 1 ? kDeepChunk : kChunk;
+  return std::clamp<int64_t>(s.tokens / chunks, 4, most);
 }
 
 template <typename T>
