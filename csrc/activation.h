@@ -1,4 +1,5 @@
-// The activations that the kernels know, as one enum and scalar definitions shared by CPU and CUDA.
+// The activations that the kernels know, and their scalar definitions; cpu/vec_activation.h has the
+// same on vectors.
 #pragma once
 
 #include <cmath>

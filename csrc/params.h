@@ -31,6 +31,10 @@ struct TreeShape {
   FFF_HOST_DEVICE int64_t node_on_path(int64_t leaf, int level) const {
     return (int64_t(1) << level) - 1 + (leaf >> (decisions - level));
   }
+  // Row of a leaf's hidden neuron, and of its output weights, among all leaves'.
+  FFF_HOST_DEVICE int64_t neuron_of_leaf(int64_t leaf, int64_t j) const {
+    return leaf * leaf_width + j;
+  }
   // Whether the path to `leaf` turns right at `level` (< decisions).
   FFF_HOST_DEVICE bool turns_right(int64_t leaf, int level) const {
     return (leaf >> (decisions - 1 - level)) & 1;

@@ -6,13 +6,6 @@
 namespace fff::cpu {
 inline namespace CPU_CAPABILITY {
 
-// Pointers to the `leaf_width` consecutive rows of a leaf.
-template <typename T>
-inline const T* leaf_row(const T* rows, const TreeShape& s, int64_t leaf, int64_t j,
-                         int64_t width) {
-  return rows + (leaf * s.leaf_width + j) * width;
-}
-
 // out[j][t] = <rows of the leaf [j], vectors[tokens[t]]> for n <= kTokenTile tokens.
 template <typename T>
 inline void leaf_dots(const T* rows, const TreeShape& s, int64_t leaf, const T* vectors,
@@ -25,7 +18,7 @@ inline void leaf_dots(const T* rows, const TreeShape& s, int64_t leaf, const T* 
     const T* row[3];
     const int64_t count = std::min<int64_t>(3, s.leaf_width - j);
     for (int64_t r = 0; r < count; ++r) {
-      row[r] = leaf_row(rows, s, leaf, j + r, width);
+      row[r] = rows + s.neuron_of_leaf(leaf, j + r) * width;
     }
     dots_rows(row, count, xs, n, width, out + j);
   }
@@ -38,7 +31,7 @@ inline void leaf_pre_activations(const Tree<T>& tree, const TreeShape& s, int64_
   leaf_dots(tree.w1, s, leaf, x, tokens, n, s.input_width, pre);
   if (tree.b1) {
     for (int64_t j = 0; j < s.leaf_width; ++j) {
-      const acc_t<T> bias = static_cast<acc_t<T>>(tree.b1[leaf * s.leaf_width + j]);
+      const acc_t<T> bias = static_cast<acc_t<T>>(tree.b1[s.neuron_of_leaf(leaf, j)]);
       for (int t = 0; t < n; ++t) {
         pre[j][t] += bias;
       }

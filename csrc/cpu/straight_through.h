@@ -79,12 +79,10 @@ class Alternates {
       bound[q] = first_at((position << routed) + q, level + routed, bound[q - 1], end);
     }
     if constexpr (Levels == 2) {
-      if (routed == 2) {
-        branch_off(2 * position + 1, level + 1, bound[0], bound[2], level, below + 2);
-        branch_off(2 * position, level + 1, bound[2], bound[4], level, below);
-      } else {
-        branch_off(2 * position + 1, level + 1, bound[0], bound[1], level, below + 2);
-        branch_off(2 * position, level + 1, bound[1], bound[2], level, below);
+      const int64_t middle = bound[1 << (routed - 1)];
+      branch_off(2 * position + 1, level + 1, begin, middle, level, below + 2);
+      branch_off(2 * position, level + 1, middle, end, level, below);
+      if (routed == 1) {
         return;
       }
     }
@@ -120,19 +118,14 @@ class Alternates {
     const int64_t node = (int64_t(1) << level) - 1 + position;
     A s[rows][kTokenTile] = {};
     A value[rows][kTokenTile] = {};
-    row_dots<rows>(tree_.node_weight, node, x_, s_.input_width, items, n, s);
-    if (tree_.node_bias) {
-      for (int r = 0; r < rows; ++r) {
-        const A bias = static_cast<A>(tree_.node_bias[row_index(node, r)]);
-        for (int j = 0; j < n; ++j) {
-          s[r][j] += bias;
-        }
-      }
-    }
+    const T* vectors[kTokenTile];
+    point_to(x_, s_.input_width, items, n, vectors);
+    node_scores<rows>(tree_, node, vectors, n, s_.input_width, s);
     if (tree_.node_output) {
       A gates[rows][kTokenTile];
       activate_all(p_.forward.node_activation, s[0], rows * kTokenTile, gates[0]);
-      row_dots<rows>(tree_.node_output, node, grad_output_, s_.output_width, items, n, value);
+      point_to(grad_output_, s_.output_width, items, n, vectors);
+      node_dots<rows>(tree_.node_output, node, vectors, n, s_.output_width, value);
       for (int r = 0; r < rows; ++r) {
         for (int j = 0; j < n; ++j) {
           value[r][j] *= gates[r][j];
@@ -151,21 +144,10 @@ class Alternates {
     }
   }
 
-  // The row of a node (r = 0) or of its left or right child (1, 2).
-  static int64_t row_index(int64_t node, int r) { return r == 0 ? node : 2 * node + r; }
-
-  template <int Rows>
-  void row_dots(const T* weight, int64_t node, const T* vectors, int64_t width, const Item* items,
-                int n, A (*out)[kTokenTile]) const {
-    const T* row[Rows];
-    for (int r = 0; r < Rows; ++r) {
-      row[r] = weight + row_index(node, r) * width;
-    }
-    const T* xs[kTokenTile];
+  void point_to(const T* rows, int64_t width, const Item* items, int n, const T** out) const {
     for (int j = 0; j < n; ++j) {
-      xs[j] = vectors + order_.tokens[items[j].at] * width;
+      out[j] = rows + order_.tokens[items[j].at] * width;
     }
-    dots<Rows>(row, xs, n, width, out);
   }
 
   template <typename F>
@@ -209,11 +191,7 @@ class Alternates {
   A& other(const Item& item) { return others_[item.at * s_.levels + item.level]; }
 
   bool goes_right(A s, const Item& item, int level) const {
-    const A* noise = static_cast<const A*>(p_.forward.noise);
-    if (noise) {
-      s += noise[(order_.tokens[item.at] * s_.trees + tree_index_) * s_.levels + level];
-    }
-    return p_.forward.tie_right ? s >= A(0) : s > A(0);
+    return cpu::goes_right(p_.forward, s, order_.tokens[item.at], tree_index_, level);
   }
 
   const TreeBackward& p_;

@@ -171,7 +171,7 @@ class TreeBackwardPass {
       }
     }
     for (int64_t j = 0; j < s_.leaf_width; ++j) {
-      tile.rows[count++] = tree_.w1 + (tile.leaf * s_.leaf_width + j) * s_.input_width;
+      tile.rows[count++] = tree_.w1 + s_.neuron_of_leaf(tile.leaf, j) * s_.input_width;
     }
     for (int t = 0; t < tile.count; ++t) {
       const int64_t at = tile.at + t;
@@ -220,7 +220,7 @@ class TreeBackwardPass {
       }
       if (grad_leaves) {
         for (int64_t j = 0; j < s_.leaf_width; ++j) {
-          rows[j] = grad_leaves + (run.leaf * s_.leaf_width + j) * width;
+          rows[j] = grad_leaves + s_.neuron_of_leaf(run.leaf, j) * width;
         }
         outer(rows.data(), leaf_gates.data() + run.begin * s_.leaf_width, s_.leaf_width,
               s_.leaf_width, xs, run.count, begin, end);
@@ -268,7 +268,7 @@ class TreeBackwardPass {
         node_bias[s_.node_on_path(leaf, level)] += grad_score_[at * s_.levels + level];
       }
       for (int64_t j = 0; b1 && j < s_.leaf_width; ++j) {
-        b1[leaf * s_.leaf_width + j] += grad_hidden_[at * s_.leaf_width + j];
+        b1[s_.neuron_of_leaf(leaf, j)] += grad_hidden_[at * s_.leaf_width + j];
       }
     }
   }

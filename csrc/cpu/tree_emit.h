@@ -38,7 +38,7 @@ class Emitter {
       }
     }
     for (int64_t j = 0; j < s.leaf_width; ++j) {
-      rows_[row_count++] = tree_.w2 + (leaf * s.leaf_width + j) * s.output_width;
+      rows_[row_count++] = tree_.w2 + s.neuron_of_leaf(leaf, j) * s.output_width;
     }
     if (tree_.b2) {
       rows_[row_count++] = tree_.b2 + leaf * s.output_width;

@@ -37,6 +37,47 @@ struct Tree {
   }
 };
 
+// Where a token of score s goes: the one rule, for paths and for alternates. A NaN goes left.
+template <typename A>
+inline bool goes_right(const TreeForward& p, A s, int64_t token, int64_t tree, int level) {
+  if (p.noise) {
+    const int64_t path = (token * p.shape.trees + tree) * p.shape.levels;
+    s += static_cast<const A*>(p.noise)[path + level];
+  }
+  return p.tie_right ? s >= A(0) : s > A(0);
+}
+
+// A node (r = 0), its left child (1) or its right child (2).
+inline int64_t node_or_child(int64_t node, int r) {
+  return r == 0 ? node : 2 * node + r;
+}
+
+// out[r][t] = <row of a node (Rows = 1), or of it and both its children (3), xs[t]>
+template <int Rows, typename T>
+inline void node_dots(const T* weight, int64_t node, const T* const* xs, int n, int64_t width,
+                      acc_t<T> (*out)[kTokenTile]) {
+  const T* row[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    row[r] = weight + node_or_child(node, r) * width;
+  }
+  dots<Rows>(row, xs, n, width, out);
+}
+
+// The scores of those nodes.
+template <int Rows, typename T>
+inline void node_scores(const Tree<T>& tree, int64_t node, const T* const* xs, int n, int64_t width,
+                        acc_t<T> (*s)[kTokenTile]) {
+  node_dots<Rows>(tree.node_weight, node, xs, n, width, s);
+  if (tree.node_bias) {
+    for (int r = 0; r < Rows; ++r) {
+      const auto bias = static_cast<acc_t<T>>(tree.node_bias[node_or_child(node, r)]);
+      for (int t = 0; t < n; ++t) {
+        s[r][t] += bias;
+      }
+    }
+  }
+}
+
 // Tokens that walk level by level rather than subtree by subtree.
 inline constexpr int64_t kWave = 16;
 
@@ -49,14 +90,12 @@ class Walker {
       : p_(p),
         shape_(p.shape),
         x_(static_cast<const T*>(p.x)),
-        noise_(static_cast<const A*>(p.noise)),
-        scores_(static_cast<A*>(p.scores)),
-        score_stride_(p.shape.trees * p.shape.levels) {}
+        scores_(static_cast<A*>(p.scores)) {}
 
   // Walks `tree` from here on.
   void enter(int64_t tree) {
     tree_ = Tree<T>(shape_, p_.weights, tree);
-    score_offset_ = tree * shape_.levels;
+    tree_index_ = tree;
   }
 
   // Takes `tokens` [count] from the node at `position` in `level` down to `end_level`, scoring
@@ -88,26 +127,13 @@ class Walker {
   template <int Levels>
   void score(int64_t position, int level, const int64_t* tokens, int n, A (*s)[kTokenTile]) {
     constexpr int rows = (1 << Levels) - 1;
-    const T* row[rows];
-    A bias[rows];
-    const int64_t node = (int64_t(1) << level) - 1 + position;
-    for (int r = 0; r < rows; ++r) {
-      const int64_t index = r == 0 ? node : 2 * node + r;
-      row[r] = tree_.node_weight + index * shape_.input_width;
-      bias[r] = tree_.node_bias ? static_cast<A>(tree_.node_bias[index]) : A(0);
-    }
     const T* xs[kTokenTile];
     for (int i = 0; i < n; ++i) {
       xs[i] = x_ + tokens[i] * shape_.input_width;
     }
-    dots<rows>(row, xs, n, shape_.input_width, s);
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < n; ++i) {
-        s[r][i] += bias[r];
-      }
-    }
+    node_scores<rows>(tree_, (int64_t(1) << level) - 1 + position, xs, n, shape_.input_width, s);
     for (int i = 0; i < n; ++i) {
-      A* score = scores_ + tokens[i] * score_stride_ + score_offset_ + level;
+      A* score = scores_ + (tokens[i] * shape_.trees + tree_index_) * shape_.levels + level;
       score[0] = s[0][i];
       if constexpr (Levels == 2) {
         score[1] = goes_right(s[0][i], tokens[i], level) ? s[2][i] : s[1][i];
@@ -116,10 +142,7 @@ class Walker {
   }
 
   bool goes_right(A s, int64_t token, int level) const {
-    if (noise_) {
-      s += noise_[token * score_stride_ + score_offset_ + level];
-    }
-    return p_.tie_right ? s >= A(0) : s > A(0);
+    return cpu::goes_right(p_, s, token, tree_index_, level);
   }
 
   template <typename F>
@@ -243,11 +266,9 @@ class Walker {
   const TreeForward& p_;
   const TreeShape& shape_;
   const T* x_;
-  const A* noise_;
   A* scores_;
-  const int64_t score_stride_;
   Tree<T> tree_;
-  int64_t score_offset_ = 0;
+  int64_t tree_index_ = 0;
   std::vector<int64_t> spare_;
   std::vector<int64_t> quarters_;
 };

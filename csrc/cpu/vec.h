@@ -132,8 +132,8 @@ inline A sum(const Vec<A>& v) {
 }
 
 // out[r][n] = <rows[r], xs[n]> for R rows and N vectors.
-template <int R, int N, typename T, typename U, int Stride>
-inline void dots_tile(const T* const* rows, const U* const* xs, int64_t width,
+template <int R, int N, typename T, int Stride>
+inline void dots_tile(const T* const* rows, const T* const* xs, int64_t width,
                       acc_t<T> (*out)[Stride]) {
   using V = Vec<acc_t<T>>;
   constexpr int64_t lanes = kLanes<T>;
@@ -206,8 +206,8 @@ inline void dots_tile(const T* const* rows, const U* const* xs, int64_t width,
 }
 
 // As dots_tile, for a number of vectors known only at run time, 1 <= n <= kTokenTile.
-template <int R, typename T, typename U>
-inline void dots(const T* const* rows, const U* const* xs, int n, int64_t width,
+template <int R, typename T>
+inline void dots(const T* const* rows, const T* const* xs, int n, int64_t width,
                  acc_t<T> (*out)[kTokenTile]) {
   switch (n) {
     case 1:
@@ -232,8 +232,8 @@ inline void dots(const T* const* rows, const U* const* xs, int n, int64_t width,
 }
 
 // out[r][n] = <rows[r], xs[n]> for `count` rows and n <= kTokenTile vectors.
-template <typename T, typename U>
-inline void dots_rows(const T* const* rows, int64_t count, const U* const* xs, int n, int64_t width,
+template <typename T>
+inline void dots_rows(const T* const* rows, int64_t count, const T* const* xs, int n, int64_t width,
                       acc_t<T> (*out)[kTokenTile]) {
   int64_t r = 0;
   for (; r + 3 <= count; r += 3) {
