@@ -7,6 +7,7 @@
 
 #include "gated_activation.h"
 #include "leaf_mixture.h"
+#include "linear.h"
 #include "tree.h"
 
 namespace fff {
@@ -55,6 +56,29 @@ class GatedActivationFunction : public torch::autograd::Function<GatedActivation
     auto [grad_pre, grad_mixture] =
         call.call(grads[0], saved[0], saved[1], ctx->saved_data["activation"].toStringView());
     return {grad_pre, grad_mixture, at::Tensor()};
+  }
+};
+
+class LinearFunction : public torch::autograd::Function<LinearFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const OptionalTensor& bias) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto call = op<decltype(linear)>("fff::linear");
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["biased"] = bias.has_value();
+    return call.call(x, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto call = op<decltype(linear_backward)>("fff::linear_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const std::array<bool, 3> wanted = {
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+        ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(2)};
+    auto [x, weight, bias] = call.call(grads[0], saved[0], saved[1], wanted);
+    return {wanted[0] ? x : at::Tensor(), wanted[1] ? weight : at::Tensor(),
+            wanted[2] ? bias : at::Tensor()};
   }
 };
 
@@ -125,6 +149,11 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
   }
 };
 
+at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight,
+                           const OptionalTensor& bias) {
+  return LinearFunction::apply(x, weight, bias);
+}
+
 at::Tensor leaf_mixture_autograd(const at::Tensor& node_logits) {
   return LeafMixtureFunction::apply(node_logits);
 }
@@ -153,9 +182,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autograd(
 TORCH_LIBRARY_IMPL(fff, Autograd, m) {
   m.impl("leaf_mixture", TORCH_FN(fff::leaf_mixture_autograd));
   m.impl("gated_activation", TORCH_FN(fff::gated_activation_autograd));
+  m.impl("linear", TORCH_FN(fff::linear_autograd));
   m.impl("tree", TORCH_FN(fff::tree_autograd));
   m.impl("leaf_mixture_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gated_activation_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("linear_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("tree_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("descend", torch::autograd::autogradNotImplementedFallback());
 }

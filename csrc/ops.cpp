@@ -11,6 +11,7 @@
 
 #include "gated_activation.h"
 #include "leaf_mixture.h"
+#include "linear.h"
 #include "tree.h"
 
 TORCH_LIBRARY(fff, m) {
@@ -24,6 +25,12 @@ TORCH_LIBRARY(fff, m) {
   m.def(
       "gated_activation_backward(Tensor grad_output, Tensor pre, Tensor mixture, str activation)"
       " -> (Tensor grad_pre, Tensor grad_mixture)",
+      tags);
+
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor x, Tensor weight, bool[3] output_mask)"
+      " -> (Tensor x, Tensor weight, Tensor bias)",
       tags);
 
   // Hard tree.
@@ -54,6 +61,8 @@ void register_kernels(torch::Library& m) {
   m.impl("leaf_mixture_backward", TORCH_FN(fff::leaf_mixture_backward));
   m.impl("gated_activation", TORCH_FN(fff::gated_activation));
   m.impl("gated_activation_backward", TORCH_FN(fff::gated_activation_backward));
+  m.impl("linear", TORCH_FN(fff::linear));
+  m.impl("linear_backward", TORCH_FN(fff::linear_backward));
   m.impl("descend", TORCH_FN(fff::descend));
   m.impl("tree", TORCH_FN(fff::tree));
   m.impl("tree_backward", TORCH_FN(fff::tree_backward));

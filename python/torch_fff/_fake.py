@@ -71,6 +71,26 @@ def _gated_activation_backward(
     return pre.new_empty(pre.shape), mixture.new_empty(mixture.shape)
 
 
+@_register("linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@_register("linear_backward")
+def _linear_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_x, of_weight, of_bias = output_mask
+    rows, columns = weight.shape
+    transposed = weight.stride() == (1, rows)
+    grad_weight = x.new_empty((columns, rows)).t() if transposed else x.new_empty((rows, columns))
+    return (
+        x.new_empty(x.shape if of_x else 0),
+        grad_weight if of_weight else x.new_empty(0),
+        x.new_empty(rows if of_bias else 0),
+    )
+
+
 @_register("descend")
 def _descend(
     x: Tensor,

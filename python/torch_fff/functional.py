@@ -57,6 +57,7 @@ _ACTIVATIONS = tuple(ACTIVATIONS)
 # Looked up once: one token takes a few microseconds in all.
 _tree = torch.ops.fff.tree.default
 _descend = torch.ops.fff.descend.default
+_fff_linear = torch.ops.fff.linear.default
 _leaf_mixture = torch.ops.fff.leaf_mixture.default
 _gated_activation = torch.ops.fff.gated_activation.default
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -67,6 +68,18 @@ def _differentiable(op: Any, transformable: Callable[..., Any]) -> Any:
     if _transforms_active() and not torch.compiler.is_compiling():
         return transformable
     return op
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for x [tokens, in]; where ATen's product is not the fastest there is, by our op."""
+    if (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and not (_transforms_active() or torch.is_autocast_enabled("cpu"))
+    ):
+        product: Tensor = _fff_linear(x, weight, bias)
+        return product
+    return F.linear(x, weight, bias)
 
 
 def tree(
@@ -215,7 +228,7 @@ def soft_tree(
     check_choice("soft_tree", "leaf_activation", leaf_activation, _ACTIVATIONS)
     tokens = x.reshape(-1, x.shape[-1])
     nodes = node_weight.shape[0]
-    logits = F.linear(tokens, node_weight, node_bias)
+    logits = _linear(tokens, node_weight, node_bias)
     node_logits = logits.view(*x.shape[:-1], trees, nodes // trees)
     # sigmoid(-z) = 1 - sigmoid(z): transposing a decision is negating its logit.
     mixture = leaf_mixture(
@@ -224,7 +237,7 @@ def soft_tree(
     products = []
     if w1 is not None and w2 is not None:
         weights = mixture.view(-1, nodes + trees)
-        pre = F.linear(tokens, w1.flatten(0, 1), None if b1 is None else b1.flatten())
+        pre = _linear(tokens, w1.flatten(0, 1), None if b1 is None else b1.flatten())
         hidden = gated_activation(pre, weights, leaf_activation)
         if dropout:
             hidden = F.dropout(hidden, dropout)
@@ -234,9 +247,9 @@ def soft_tree(
     if node_output is not None and nodes:
         reach = node_reach(mixture).view(-1, nodes)
         products.append((gated_activation(logits, reach, node_activation), node_output))
-    output = torch.mm(*products[0])
+    output = _linear(products[0][0], products[0][1].T)
     for a, b in products[1:]:
-        output = torch.addmm(output, a, b)
+        output = output + _linear(a, b.T)
     return SoftTreeOutput(output.view(*x.shape[:-1], out), node_logits, mixture)
 
 
