@@ -88,6 +88,20 @@ struct TreeBackward {
   void* grad_b2;
 };
 
+// The paths of a forest whose neurons were all scored; float32.
+struct PathGates {
+  TreeForward forward;  // shape, noise, activation; in the forward pass scores and leaf are outputs
+  // forward
+  const float* all_scores;  // [tokens, trees, nodes]
+  float* gates;             // [tokens, trees, nodes], 0 off the paths; written by both passes
+  // backward
+  const float* scores;       // [tokens, trees, levels]
+  const int64_t* leaf;       // [tokens, trees]
+  const float* grad_scores;  // [tokens, trees, levels] or null
+  const float* grad_gates;   // [tokens, trees, nodes]
+  float* grad_all_scores;    // [tokens, trees, nodes]
+};
+
 struct LeafMixture {
   int64_t tokens;
   int depth;

@@ -6,6 +6,7 @@
 
 #include <bit>
 
+#include "dense_forest.h"
 #include "launch.h"
 
 namespace fff {
@@ -155,14 +156,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
   TreeForward& p = a.params;
   const at::ScalarType acc = accumulation_type(x.scalar_type());
   const at::ScalarType sum = sum_type(x, trees);
-  at::Tensor output = at::empty(a.with_leading({p.shape.output_width}), x.options().dtype(sum));
   at::Tensor scores = at::empty(a.with_leading({trees, p.shape.levels}), x.options().dtype(acc));
   at::Tensor leaf = at::empty(a.with_leading({trees}), x.options().dtype(at::kLong));
+  p.scores = scores.data_ptr();
+  p.leaf = leaf.data_ptr<int64_t>();
+  if (suits_dense_forest(p, x, false)) {
+    const at::Tensor y = dense_forest(p, a.x.view({p.shape.tokens, p.shape.input_width}),
+                                      a.node_weight, a.node_bias, *a.node_output);
+    return {y.view(a.with_leading({p.shape.output_width})), scores, leaf};
+  }
+  at::Tensor output = at::empty(a.with_leading({p.shape.output_width}), x.options().dtype(sum));
   if (p.shape.tokens > 0) {
     p.output = output.data_ptr();
     p.output_dtype = as_dtype(sum, p.dtype);
-    p.scores = scores.data_ptr();
-    p.leaf = leaf.data_ptr<int64_t>();
     launch(check.op(), x, p, &cpu::Kernels::tree_forward, FFF_CUDA_KERNEL(tree_forward));
   }
   return {as_type(output, x.scalar_type()), scores, leaf};
@@ -226,8 +232,31 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
     return gradient.numel() > 0 ? gradient.data_ptr() : nullptr;
   };
 
-  const at::ScalarType sum = sum_type(x, trees);
+  TreeBackward p = {};
+  p.forward = a.params;
+  p.grad_output = g.data_ptr();
+  p.grad_scores = data_or_null(gs);
+  p.scores = own_scores.data_ptr();
+  p.leaf = own_leaf.data_ptr<int64_t>();
+  p.straight_through = straight_through;
+  p.slope = slope;
+
   const auto [mask_x, mask_nodes, mask_leaves] = output_mask;
+  if (suits_dense_forest(a.params, x, straight_through)) {
+    DenseForestGradients grads = dense_forest_backward(
+        p, g.view({s.tokens, s.output_width}), a.x.view({s.tokens, s.input_width}), a.node_weight,
+        *a.node_output, mask_x, mask_nodes);
+    return {mask_x ? grads.x.view(x.sizes()) : absent(),
+            grads.node_weight,
+            defined(node_bias) ? grads.node_bias : absent(),
+            grads.node_output,
+            absent(),
+            absent(),
+            absent(),
+            absent()};
+  }
+
+  const at::ScalarType sum = sum_type(x, trees);
   const at::Tensor grad_x = mask_x ? at::empty(a.x.sizes(), x.options().dtype(sum)) : absent();
   const at::Tensor grad_node_weight = gradient_of(a.node_weight, mask_nodes);
   const at::Tensor grad_node_bias = gradient_of(a.node_bias, mask_nodes);
@@ -238,14 +267,6 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
   const at::Tensor grad_b2 = gradient_of(a.b2, mask_leaves);
 
   if (s.tokens > 0) {
-    TreeBackward p = {};
-    p.forward = a.params;
-    p.grad_output = g.data_ptr();
-    p.grad_scores = data_or_null(gs);
-    p.scores = own_scores.data_ptr();
-    p.leaf = own_leaf.data_ptr<int64_t>();
-    p.straight_through = straight_through;
-    p.slope = slope;
     p.grad_x = pointer(grad_x);
     p.grad_x_dtype = as_dtype(sum, a.params.dtype);
     p.grad_node_weight = pointer(grad_node_weight);

@@ -12,6 +12,8 @@ struct Kernels {
   void (*leaf_mixture_backward)(const LeafMixture&);
   void (*gated_activation)(const GatedActivation&);
   void (*gated_activation_backward)(const GatedActivation&);
+  void (*path_gates)(const PathGates&);
+  void (*path_gates_backward)(const PathGates&);
 };
 
 // The table for this process: the best the machine has, or what ATEN_CPU_CAPABILITY asks for.

@@ -299,8 +299,14 @@ inline void gated_activation_backward(const GatedActivation& p) {
 
 // Stands in for a kernel table; float64 only.
 inline cpu::Kernels table() {
-  return {tree_forward,          tree_backward,    leaf_mixture,
-          leaf_mixture_backward, gated_activation, gated_activation_backward};
+  return {tree_forward,
+          tree_backward,
+          leaf_mixture,
+          leaf_mixture_backward,
+          gated_activation,
+          gated_activation_backward,
+          /*path_gates=*/nullptr,
+          /*path_gates_backward=*/nullptr};  // tree_forward is the same function
 }
 
 }  // namespace fff::reference

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "dense_forest.h"
 #include "support.h"
 
 namespace fff::test {
@@ -43,6 +44,30 @@ TEST_P(TreeBackwardTest, OneLeafTakesAll) {
     TreeArguments a = make_arguments(c);
     send_right(a, c);
     expect_reference(GetParam(), c, a);
+  }
+}
+
+// Large enough for dense products, which only the operators choose.
+TEST(TreeBackward, ShallowForestsMatchReference) {
+  for (const TreeCase& c :
+       {TreeCase{.levels = 1, .leaf_width = 0, .tokens = 3, .input_width = 200, .trees = 4000},
+        TreeCase{.levels = 3,
+                 .leaf_width = 0,
+                 .tokens = 20,
+                 .input_width = 200,
+                 .trees = 80,
+                 .noise = true,
+                 .straight_through = false,
+                 .grad_scores = true}}) {
+    const Implementation operators = {"operators", std::nullopt};
+    const TreeArguments a = make_arguments(c);
+    const TreeArguments f32 = a.to(at::kFloat);
+    ASSERT_TRUE(suits_dense_forest(params_of(c, f32), f32.x, c.straight_through));
+    expect_reference(operators, c, a);
+    TreeOutputs y = call_tree(c, f32);
+    const Gradients want = call_tree_backward(c, f32, y);
+    y.leaf.add_(int64_t(1) << 40);  // its low bits count
+    expect_all_close(call_tree_backward(c, f32, y), want);
   }
 }
 

@@ -49,6 +49,14 @@ NEURONS = [
     {"node_bias": False, "trees": 3, "tie_right": False},
     {"noise": True, "contiguous": False, "trees": 3},
     {"bias_shift": 10.0, "tokens": (64,)},
+    # Shallow forests, large enough for dense products; the last two are beyond their border.
+    {"levels": 1, "trees": 300, "tokens": (2, 10), "width": 400},
+    {"levels": 1, "trees": 700, "tokens": (), "width": 3000, "out": 5},
+    {"levels": 2, "trees": 90, "tokens": (20,), "width": 400, "tie_right": False},
+    {"levels": 3, "trees": 40, "tokens": (20,), "width": 400, "noise": True, "contiguous": False},
+    {"levels": 4, "trees": 20, "tokens": (20,), "width": 400, "node_bias": False},
+    {"levels": 4, "trees": 4, "tokens": (300,), "width": 120},
+    {"levels": 2, "trees": 200, "tokens": (15,), "width": 400},
 ]
 
 
