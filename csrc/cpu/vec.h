@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "../params.h"
+#include "bf16_dots.h"
 
 namespace fff::cpu {
 inline namespace CPU_CAPABILITY {
@@ -135,6 +136,13 @@ inline A sum(const Vec<A>& v) {
 template <int R, int N, typename T, int Stride>
 inline void dots_tile(const T* const* rows, const T* const* xs, int64_t width,
                       acc_t<T> (*out)[Stride]) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (has_bf16_dots()) {
+      return bf16_dots_tile<R, N>(rows, xs, width, out);
+    }
+  }
+#endif
   using V = Vec<acc_t<T>>;
   constexpr int64_t lanes = kLanes<T>;
   // Independent sums hide the latency of the multiply-adds when the tile is small.
