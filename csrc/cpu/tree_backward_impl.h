@@ -74,7 +74,7 @@ class TreeBackwardPass {
           slopes(std::max<int64_t>(s.leaf_width * kTokenTile, s.levels)),
           leaf_dots(s.leaf_width * kTokenTile),
           rows(s.levels + s.leaf_width),
-          coefficients(s.levels + s.leaf_width) {}
+          coefficients((s.levels + s.leaf_width) * kTokenTile) {}
   };
 
   static A (*as_tile(std::vector<A>& v))
@@ -173,24 +173,28 @@ class TreeBackwardPass {
     for (int64_t j = 0; j < s_.leaf_width; ++j) {
       tile.rows[count++] = tree_.w1 + s_.neuron_of_leaf(tile.leaf, j) * s_.input_width;
     }
+    A* c = tile.coefficients.data();
     for (int t = 0; t < tile.count; ++t) {
       const int64_t at = tile.at + t;
-      A* c = tile.coefficients.data();
       if (has_score_grad_) {
         c = std::copy_n(grad_score_.data() + at * s_.levels, s_.levels, c);
       }
-      std::copy_n(grad_hidden_.data() + at * s_.leaf_width, s_.leaf_width, c);
-      if (p_.grad_x_dtype == p_.forward.dtype) {
-        write_input_gradient(static_cast<T*>(p_.grad_x), order_.tokens[at], tile, count);
-      } else {
-        write_input_gradient(static_cast<A*>(p_.grad_x), order_.tokens[at], tile, count);
-      }
+      c = std::copy_n(grad_hidden_.data() + at * s_.leaf_width, s_.leaf_width, c);
+    }
+    if (p_.grad_x_dtype == p_.forward.dtype) {
+      write_input_gradients(static_cast<T*>(p_.grad_x), tile, count);
+    } else {
+      write_input_gradients(static_cast<A*>(p_.grad_x), tile, count);
     }
   }
 
   template <typename O>
-  void write_input_gradient(O* grad_x, int64_t token, const Tile& tile, int64_t row_count) const {
-    combine(tile.rows.data(), tile.coefficients.data(), row_count, grad_x + token * s_.input_width,
+  void write_input_gradients(O* grad_x, const Tile& tile, int64_t row_count) const {
+    O* ys[kTokenTile];
+    for (int t = 0; t < tile.count; ++t) {
+      ys[t] = grad_x + order_.tokens[tile.at + t] * s_.input_width;
+    }
+    combine(tile.rows.data(), tile.coefficients.data(), row_count, row_count, ys, tile.count,
             s_.input_width, write_mode(grad_x, s_, s_.input_width, tree_index_));
   }
 

@@ -46,8 +46,10 @@ class Emitter {
     for (int64_t i = 0; i < count; i += kTokenTile) {
       const int n = static_cast<int>(std::min<int64_t>(kTokenTile, count - i));
       gates(leaf, tokens + i, n, row_count);
-      for (int t = 0; t < n; ++t) {
-        write(tokens[i + t], coefficients_.data() + t * row_count, row_count);
+      if (p_.output_dtype == p_.dtype) {
+        write(static_cast<T*>(p_.output), tokens + i, n, row_count);
+      } else {
+        write(static_cast<A*>(p_.output), tokens + i, n, row_count);
       }
     }
   }
@@ -85,18 +87,14 @@ class Emitter {
     }
   }
 
-  void write(int64_t token, const A* coefficients, int64_t row_count) {
-    if (p_.output_dtype == p_.dtype) {
-      write_to(static_cast<T*>(p_.output), token, coefficients, row_count);
-    } else {
-      write_to(static_cast<A*>(p_.output), token, coefficients, row_count);
-    }
-  }
-
   template <typename O>
-  void write_to(O* output, int64_t token, const A* coefficients, int64_t row_count) {
+  void write(O* output, const int64_t* tokens, int n, int64_t row_count) {
     const int64_t width = p_.shape.output_width;
-    combine(rows_.data(), coefficients, row_count, output + token * width, width,
+    O* ys[kTokenTile];
+    for (int t = 0; t < n; ++t) {
+      ys[t] = output + tokens[t] * width;
+    }
+    combine(rows_.data(), coefficients_.data(), row_count, row_count, ys, n, width,
             write_mode(output, p_.shape, width, tree_index_));
   }
 

@@ -264,47 +264,80 @@ inline Write write_mode(const O* y, const TreeShape& s, int64_t width, int64_t t
   return can_stream(y, s.tokens, width) ? Write::kStream : Write::kStore;
 }
 
-// y (+)= sum_r coefficients[r] * rows[r]
-template <typename T, typename O>
-inline void combine(const T* const* rows, const acc_t<T>* coefficients, int64_t count, O* y,
-                    int64_t width, Write write) {
+// ys[n] (+)= sum_r coefficients[n * stride + r] * rows[r] for N vectors that share their rows. The
+// order of each sum does not depend on N.
+template <int N, typename T, typename O>
+inline void combine_tile(const T* const* rows, const acc_t<T>* coefficients, int64_t stride,
+                         int64_t count, O* const* ys, int64_t width, Write write) {
   using V = Vec<acc_t<T>>;
   constexpr int64_t lanes = kLanes<T>;
+  // As many columns as there are registers for their sums.
+  constexpr int tile = N == 1 ? kVectorTile : std::max(3 * kVectorTile / N, 1);
   int64_t i = 0;
-  for (; i + kVectorTile * lanes <= width; i += kVectorTile * lanes) {
-    V sums[kVectorTile];
+  for (; i + tile * lanes <= width; i += tile * lanes) {
+    V sums[N][tile];
 #pragma GCC unroll 32
-    for (int j = 0; j < kVectorTile; ++j) {
-      sums[j] = write == Write::kAdd ? load_vec(y + i + j * lanes) : V(acc_t<T>(0));
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 32
+      for (int j = 0; j < tile; ++j) {
+        sums[n][j] = write == Write::kAdd ? load_vec(ys[n] + i + j * lanes) : V(acc_t<T>(0));
+      }
     }
     for (int64_t r = 0; r < count; ++r) {
-      const V c(coefficients[r]);
-      const T* row = rows[r] + i;
+      V row[tile];
 #pragma GCC unroll 32
-      for (int j = 0; j < kVectorTile; ++j) {
-        sums[j] = at::vec::fmadd(c, load_vec(row + j * lanes), sums[j]);
+      for (int j = 0; j < tile; ++j) {
+        row[j] = load_vec(rows[r] + i + j * lanes);
+      }
+#pragma GCC unroll 32
+      for (int n = 0; n < N; ++n) {
+        const V c(coefficients[n * stride + r]);
+#pragma GCC unroll 32
+        for (int j = 0; j < tile; ++j) {
+          sums[n][j] = at::vec::fmadd(c, row[j], sums[n][j]);
+        }
       }
     }
-    if (write == Write::kStream) {
 #pragma GCC unroll 32
-      for (int j = 0; j < kVectorTile; ++j) {
-        stream_vec(y + i + j * lanes, sums[j]);
-      }
-    } else {
+    for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 32
-      for (int j = 0; j < kVectorTile; ++j) {
-        store_vec(y + i + j * lanes, sums[j]);
+      for (int j = 0; j < tile; ++j) {
+        if (write == Write::kStream) {
+          stream_vec(ys[n] + i + j * lanes, sums[n][j]);
+        } else {
+          store_vec(ys[n] + i + j * lanes, sums[n][j]);
+        }
       }
     }
   }
   for (; i < width; i += lanes) {
     const int64_t lane_count = std::min(lanes, width - i);
-    V sums = write == Write::kAdd ? load_vec(y + i, lane_count) : V(acc_t<T>(0));
-    for (int64_t r = 0; r < count; ++r) {
-      sums = at::vec::fmadd(V(coefficients[r]), load_vec(rows[r] + i, lane_count), sums);
+    for (int n = 0; n < N; ++n) {
+      V sums = write == Write::kAdd ? load_vec(ys[n] + i, lane_count) : V(acc_t<T>(0));
+      for (int64_t r = 0; r < count; ++r) {
+        const V c(coefficients[n * stride + r]);
+        sums = at::vec::fmadd(c, load_vec(rows[r] + i, lane_count), sums);
+      }
+      store_vec(ys[n] + i, sums, lane_count);
     }
-    store_vec(y + i, sums, lane_count);
   }
+}
+
+// As combine_tile, for any number of vectors.
+template <typename T, typename O>
+inline void combine(const T* const* rows, const acc_t<T>* coefficients, int64_t stride,
+                    int64_t count, O* const* ys, int n, int64_t width, Write write) {
+  const auto step = [&]<int N>(std::integral_constant<int, N>) {
+    for (; n >= N; n -= N, ys += N, coefficients += N * stride) {
+      combine_tile<N>(rows, coefficients, stride, count, ys, width, write);
+    }
+  };
+  if constexpr (kTokenTile == 8) {
+    step(std::integral_constant<int, 8>());
+  }
+  step(std::integral_constant<int, 4>());
+  step(std::integral_constant<int, 2>());
+  step(std::integral_constant<int, 1>());
 }
 
 // rows[r][begin, end) += sum_t coefficients[t * stride + r] * xs[t][begin, end)

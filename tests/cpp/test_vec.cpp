@@ -72,33 +72,38 @@ TYPED_TEST(VecTest, DotsOfEveryWidthAndTile) {
 }
 
 template <typename T, typename O>
-void combine_every_width(Write write) {
+void combine_every_width(int n, Write write) {
   for (int64_t width = 0; width <= kWidths; ++width) {
     for (const int64_t count : {0, 1, 5}) {
       const Rows<T> rows(count, width);
-      const Rows<acc_t<T>> c(1, count);
-      Rows<O> y(1, width);
-      std::vector<double> want(width);
-      for (int64_t i = 0; i < width; ++i) {
-        want[i] = write == Write::kAdd ? y(0, i) : 0;
+      const Rows<acc_t<T>> c(n, count);
+      Rows<O> y(n, width);
+      std::vector<double> want(n * width);
+      for (int64_t at = 0; at < n * width; ++at) {
+        want[at] = write == Write::kAdd ? y(at / width, at % width) : 0;
         for (int64_t r = 0; r < count; ++r) {
-          want[i] += c(0, r) * rows(r, i);
+          want[at] += c(at / width, r) * rows(r, at % width);
         }
       }
-      combine(rows.rows.data(), c.rows[0], count, y.rows[0], width, write);
-      for (int64_t i = 0; i < width; ++i) {
-        const O rounded = static_cast<O>(static_cast<acc_t<T>>(want[i]));
-        ASSERT_EQ(y(0, i), static_cast<double>(rounded)) << "width " << width << ", column " << i;
+      combine(rows.rows.data(), c.rows[0], c.stride, count, y.rows.data(), n, width, write);
+      for (int64_t at = 0; at < n * width; ++at) {
+        const O rounded = static_cast<O>(static_cast<acc_t<T>>(want[at]));
+        ASSERT_EQ(y(at / width, at % width), static_cast<double>(rounded))
+            << "width " << width << ", vector " << at / width << ", column " << at % width;
       }
-      ASSERT_TRUE(y.margin_untouched(0)) << "width " << width;
+      for (int t = 0; t < n; ++t) {
+        ASSERT_TRUE(y.margin_untouched(t)) << "width " << width;
+      }
     }
   }
 }
 
 TYPED_TEST(VecTest, CombineOfEveryWidth) {
-  for (const Write write : {Write::kStore, Write::kAdd}) {
-    combine_every_width<TypeParam, TypeParam>(write);
-    combine_every_width<TypeParam, acc_t<TypeParam>>(write);
+  for (const int n : {1, 3, kTokenTile}) {
+    for (const Write write : {Write::kStore, Write::kAdd}) {
+      combine_every_width<TypeParam, TypeParam>(n, write);
+      combine_every_width<TypeParam, acc_t<TypeParam>>(n, write);
+    }
   }
 }
 
