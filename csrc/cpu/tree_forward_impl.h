@@ -3,9 +3,10 @@
 // One pass: chunks of tokens walk all levels of every tree; for few tokens, and for shallow trees,
 // whose rows fit the cache.
 //
-// Two passes, for deep trees and many tokens: chunks walk the top levels in the order in which they
-// lie in memory, are sorted by the subtree they reach, and finish there together. A token is read
-// twice, and a subtree's rows stay in the cache while all its tokens pass.
+// Two passes, for deep trees or wide leaves and many tokens: chunks walk the top levels in the
+// order in which they lie in memory, are sorted by the subtree they reach, and finish there
+// together. A token is read twice, and a subtree's rows stay in the cache while all its tokens
+// pass.
 //
 // How the work is cut depends on the shapes alone, never on the number of threads, so that results
 // do not either.
@@ -28,10 +29,16 @@ constexpr int64_t kDeepChunk = 32;       // the same where rows compete for that
 constexpr int64_t kTwoPassTokens = 256;  // from here on the second pass pays for deep trees
 constexpr int kCacheLevels = 6;          // levels of a subtree whose rows fit a second-level cache
 constexpr int64_t kCellTokens = 64;      // tokens a subtree should receive on average, at least
+constexpr int64_t kWideLeaf = 16;        // neurons of a leaf that outweigh a second reading of x
+constexpr int64_t kWideLeafTokens = 8;   // from here on the second pass pays for wide leaves
+constexpr int64_t kLeafTokens = 128;     // tokens that pass a wide leaf together
 constexpr int64_t kForestBlock = 4096;   // tokens whose output stays in the cache from tree to tree
 
 // Levels of the first pass; 0 for a single pass.
 inline int top_levels(const TreeShape& s) {
+  if (s.leaf_width >= kWideLeaf && s.tokens >= kWideLeafTokens) {
+    return s.levels;  // so that a leaf's tokens all arrive together
+  }
   if (s.tokens < kTwoPassTokens) {
     return 0;
   }
@@ -119,9 +126,10 @@ struct Job {
   int64_t count;
 };
 
-// The tokens [first, last) sorted by cell, and the jobs they make.
-inline void sort_by_cell(const std::vector<int64_t>& cell_of, int64_t cells, int64_t first,
-                         int64_t last, std::vector<int64_t>& order, std::vector<Job>& jobs) {
+// The tokens [first, last) sorted by cell, and the jobs of at most `most` tokens that they make.
+inline void sort_by_cell(const std::vector<int64_t>& cell_of, int64_t cells, int64_t most,
+                         int64_t first, int64_t last, std::vector<int64_t>& order,
+                         std::vector<Job>& jobs) {
   std::vector<int64_t> start(cells + 1);
   for (int64_t t = first; t < last; ++t) {
     ++start[cell_of[t] + 1];
@@ -129,8 +137,8 @@ inline void sort_by_cell(const std::vector<int64_t>& cell_of, int64_t cells, int
   std::partial_sum(start.begin(), start.end(), start.begin());
   jobs.clear();
   for (int64_t cell = 0; cell < cells; ++cell) {
-    for (int64_t at = start[cell]; at < start[cell + 1]; at += 4 * kChunk) {
-      jobs.push_back({cell, at, std::min(4 * kChunk, start[cell + 1] - at)});
+    for (int64_t at = start[cell]; at < start[cell + 1]; at += most) {
+      jobs.push_back({cell, at, std::min(most, start[cell + 1] - at)});
     }
   }
   order.resize(last - first);
@@ -143,6 +151,7 @@ template <typename T>
 void forward_two_pass(const TreeForward& p, int top) {
   const int64_t tokens = p.shape.tokens;
   const int64_t block = p.shape.trees == 1 ? tokens : kForestBlock;
+  const int64_t job_tokens = p.shape.leaf_width >= kWideLeaf ? kLeafTokens : 4 * kChunk;
   std::vector<int64_t> cell_of(tokens), order;
   std::vector<Job> jobs;
   for (int64_t first = 0; first < tokens; first += block) {
@@ -157,7 +166,7 @@ void forward_two_pass(const TreeForward& p, int top) {
           pass.walk_top(top, at, std::min(kChunk, last - at), cell_of.data());
         }
       });
-      sort_by_cell(cell_of, int64_t(1) << top, first, last, order, jobs);
+      sort_by_cell(cell_of, int64_t(1) << top, job_tokens, first, last, order, jobs);
       at::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
         Pass<T> pass(p);
         pass.enter(tree);
