@@ -119,6 +119,36 @@ inline bool can_stream(const T* p, int64_t count, int64_t width) {
          reinterpret_cast<uintptr_t>(p) % line == 0;
 }
 
+// Keeps v in a register. Compilers like to repeat a load in every multiply-add that uses it, which
+// is free while it hits the first-level cache, and slow where it misses.
+#if defined(CPU_CAPABILITY_AVX512)
+inline __m512 raw(const Vec<float>& v) {
+  return v;
+}
+inline __m512d raw(const Vec<double>& v) {
+  return v;
+}
+#define FFF_REGISTER "+v"
+#elif defined(CPU_CAPABILITY_AVX2)
+inline __m256 raw(const Vec<float>& v) {
+  return v;
+}
+inline __m256d raw(const Vec<double>& v) {
+  return v;
+}
+#define FFF_REGISTER "+x"
+#endif
+
+template <typename A>
+inline void hold([[maybe_unused]] Vec<A>& v) {
+#if defined(FFF_REGISTER)
+  auto held = raw(v);
+  asm("" : FFF_REGISTER(held));
+  v = held;
+#endif
+}
+#undef FFF_REGISTER
+
 template <typename A>
 inline A sum(const Vec<A>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -169,7 +199,8 @@ inline void dots_tile(const T* const* rows, const T* const* xs, int64_t width,
       }
 #pragma GCC unroll 32
       for (int n = 0; n < N; ++n) {
-        const V x = load_vec(xs[n] + i + u * lanes);
+        V x = load_vec(xs[n] + i + u * lanes);
+        hold(x);
 #pragma GCC unroll 32
         for (int r = 0; r < R; ++r) {
           sums[u][r][n] = at::vec::fmadd(w[r], x, sums[u][r][n]);
