@@ -65,26 +65,27 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
                                const OptionalTensor& node_output, const OptionalTensor& w1,
                                const OptionalTensor& b1, const OptionalTensor& w2,
                                const OptionalTensor& b2, const OptionalTensor& noise,
-                               const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-                               const std::string& node_activation,
+                               const OptionalTensor& leaf_scale, const OptionalTensor& alternates,
+                               int64_t trees, bool tie_right, const std::string& node_activation,
                                const std::string& leaf_activation, bool straight_through,
-                               double slope) {
+                               double slope, double min_slope) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     static const auto call = op<decltype(tree)>("fff::tree");
-    auto [output, scores, leaf] =
-        call.call(x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, trees,
-                  tie_right, node_activation, leaf_activation, straight_through, slope);
+    auto [output, scores, leaf] = call.call(
+        x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates,
+        trees, tie_right, node_activation, leaf_activation, straight_through, slope, min_slope);
     const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
     ctx->save_for_backward({scores, leaf, x, node_weight, or_undefined(node_bias),
                             or_undefined(node_output), or_undefined(w1), or_undefined(b1),
                             or_undefined(w2), or_undefined(b2), or_undefined(noise),
-                            or_undefined(leaf_scale)});
+                            or_undefined(leaf_scale), or_undefined(alternates)});
     ctx->saved_data["trees"] = trees;
     ctx->saved_data["tie_right"] = tie_right;
     ctx->saved_data["node_activation"] = node_activation;
     ctx->saved_data["leaf_activation"] = leaf_activation;
     ctx->saved_data["straight_through"] = straight_through;
     ctx->saved_data["slope"] = slope;
+    ctx->saved_data["min_slope"] = min_slope;
     ctx->mark_non_differentiable({leaf});
     ctx->set_materialize_grads(false);
     return {output, scores, leaf};
@@ -106,13 +107,14 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
         or_nullopt(grads[0]), or_nullopt(grads[1]), saved[0], saved[1], saved[2], saved[3],
         or_nullopt(saved[4]), or_nullopt(saved[5]), or_nullopt(saved[6]), or_nullopt(saved[7]),
         or_nullopt(saved[8]), or_nullopt(saved[9]), or_nullopt(saved[10]), or_nullopt(saved[11]),
-        ctx->saved_data["trees"].toInt(), ctx->saved_data["tie_right"].toBool(),
-        ctx->saved_data["node_activation"].toStringView(),
+        or_nullopt(saved[12]), ctx->saved_data["trees"].toInt(),
+        ctx->saved_data["tie_right"].toBool(), ctx->saved_data["node_activation"].toStringView(),
         ctx->saved_data["leaf_activation"].toStringView(),
         ctx->saved_data["straight_through"].toBool(), ctx->saved_data["slope"].toDouble(),
+        ctx->saved_data["min_slope"].toDouble(),
         {wanted[0], wanted[1] || wanted[2] || wanted[3],
          wanted[4] || wanted[5] || wanted[6] || wanted[7]});
-    variable_list result(16);  // one for each argument of forward, most without a gradient
+    variable_list result(18);  // one for each argument of forward, most without a gradient
     const std::array<at::Tensor, 8> by_input =
         std::apply([](auto&&... t) { return std::array<at::Tensor, 8>{std::move(t)...}; },
                    std::move(gradients));
@@ -138,12 +140,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autograd(
     const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
     const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
     const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
-    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-    std::string_view node_activation, std::string_view leaf_activation, bool straight_through,
-    double slope) {
-  variable_list out = TreeFunction::apply(
-      x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, trees, tie_right,
-      std::string(node_activation), std::string(leaf_activation), straight_through, slope);
+    const OptionalTensor& leaf_scale, const OptionalTensor& alternates, int64_t trees,
+    bool tie_right, std::string_view node_activation, std::string_view leaf_activation,
+    bool straight_through, double slope, double min_slope) {
+  variable_list out =
+      TreeFunction::apply(x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale,
+                          alternates, trees, tie_right, std::string(node_activation),
+                          std::string(leaf_activation), straight_through, slope, min_slope);
   return {out[0], out[1], out[2]};
 }
 

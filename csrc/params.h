@@ -76,6 +76,8 @@ struct TreeBackward {
   const int64_t* leaf;      // [tokens, trees]
   bool straight_through;
   double slope;
+  double min_slope;        // decisions whose slope is at most this share of its maximum have none
+  const void* alternates;  // acc [tokens, trees, levels] factors of straight-through gradients
   // outputs, each null when not wanted; the gradients of weights come zeroed
   void* grad_x;            // [tokens, input_width] of grad_x_dtype
   DType grad_x_dtype;      // dtype, or the accumulation type where several trees add up

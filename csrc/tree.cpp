@@ -14,7 +14,7 @@ namespace {
 // The arguments of one call, checked and made contiguous.
 struct Arguments {
   at::Tensor x, node_weight;
-  OptionalTensor node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale;
+  OptionalTensor node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates;
   TreeForward params;
   at::DimVector leading;  // x's dimensions before the last
 
@@ -43,8 +43,9 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
                           const OptionalTensor& w1, const OptionalTensor& b1,
                           const OptionalTensor& w2, const OptionalTensor& b2,
                           const OptionalTensor& noise, const OptionalTensor& leaf_scale,
-                          int64_t trees, bool tie_right, Activation node_activation,
-                          Activation leaf_activation, bool routes_only) {
+                          const OptionalTensor& alternates, int64_t trees, bool tie_right,
+                          Activation node_activation, Activation leaf_activation, double min_slope,
+                          bool routes_only) {
   Arguments a;
   TreeForward& p = a.params;
   p = {};
@@ -65,6 +66,9 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   const int64_t nodes = trees * s.nodes();
   check.optional(node_bias, "node_bias", x, dtype, {nodes});
   check.optional(noise, "noise", x, acc, a.with_leading({trees, s.levels}));
+  check.optional(alternates, "alternates", x, acc, a.with_leading({trees, s.levels}));
+  TORCH_CHECK_VALUE(min_slope >= 0 && min_slope <= 1, check.op(),
+                    ": min_slope must be in [0, 1], got ", min_slope);
 
   const bool has_leaves = defined(w1);
   TORCH_CHECK(defined(w2) == has_leaves, check.op(), ": w1 and w2 must come together, got only ",
@@ -112,6 +116,7 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   a.b2 = contiguous(b2);
   a.noise = contiguous(noise);
   a.leaf_scale = contiguous(leaf_scale);
+  a.alternates = contiguous(alternates);
   p.tie_right = tie_right;
   p.node_activation = node_activation;
   p.leaf_activation = leaf_activation;
@@ -144,14 +149,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
     const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
     const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
     const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
-    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-    std::string_view node_activation, std::string_view leaf_activation, bool /*straight_through*/,
-    double /*slope*/) {
+    const OptionalTensor& leaf_scale, const OptionalTensor& alternates, int64_t trees,
+    bool tie_right, std::string_view node_activation, std::string_view leaf_activation,
+    bool /*straight_through*/, double /*slope*/, double min_slope) {
   const Check check("fff::tree");
-  Arguments a = check_arguments(check, x, node_weight, node_bias, node_output, w1, b1, w2, b2,
-                                noise, leaf_scale, trees, tie_right,
-                                check.activation(node_activation, "node_activation"),
-                                check.activation(leaf_activation, "leaf_activation"), false);
+  Arguments a = check_arguments(
+      check, x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates,
+      trees, tie_right, check.activation(node_activation, "node_activation"),
+      check.activation(leaf_activation, "leaf_activation"), min_slope, false);
   TreeForward& p = a.params;
   const at::ScalarType acc = accumulation_type(x.scalar_type());
   const at::ScalarType sum = sum_type(x, trees);
@@ -174,8 +179,8 @@ std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor
                                            bool tie_right) {
   const Check check("fff::descend");
   Arguments a =
-      check_arguments(check, x, node_weight, node_bias, {}, {}, {}, {}, {}, noise, {}, trees,
-                      tie_right, Activation::kIdentity, Activation::kIdentity, true);
+      check_arguments(check, x, node_weight, node_bias, {}, {}, {}, {}, {}, noise, {}, {}, trees,
+                      tie_right, Activation::kIdentity, Activation::kIdentity, 0, true);
   TreeForward& p = a.params;
   const at::ScalarType acc = accumulation_type(x.scalar_type());
   at::Tensor scores = at::empty(a.with_leading({trees, p.shape.levels}), x.options().dtype(acc));
@@ -194,14 +199,15 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& node_output, const OptionalTensor& w1,
                             const OptionalTensor& b1, const OptionalTensor& w2,
                             const OptionalTensor& b2, const OptionalTensor& noise,
-                            const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-                            std::string_view node_activation, std::string_view leaf_activation,
-                            bool straight_through, double slope, std::array<bool, 3> output_mask) {
+                            const OptionalTensor& leaf_scale, const OptionalTensor& alternates,
+                            int64_t trees, bool tie_right, std::string_view node_activation,
+                            std::string_view leaf_activation, bool straight_through, double slope,
+                            double min_slope, std::array<bool, 3> output_mask) {
   const Check check("fff::tree_backward");
-  Arguments a = check_arguments(check, x, node_weight, node_bias, node_output, w1, b1, w2, b2,
-                                noise, leaf_scale, trees, tie_right,
-                                check.activation(node_activation, "node_activation"),
-                                check.activation(leaf_activation, "leaf_activation"), false);
+  Arguments a = check_arguments(
+      check, x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates,
+      trees, tie_right, check.activation(node_activation, "node_activation"),
+      check.activation(leaf_activation, "leaf_activation"), min_slope, false);
   const TreeShape& s = a.params.shape;
   const at::ScalarType dtype = x.scalar_type();
   const at::ScalarType acc = accumulation_type(dtype);
@@ -246,6 +252,8 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
     p.leaf = own_leaf.data_ptr<int64_t>();
     p.straight_through = straight_through;
     p.slope = slope;
+    p.min_slope = min_slope;
+    p.alternates = data_or_null(a.alternates);
     p.grad_x = pointer(grad_x);
     p.grad_x_dtype = as_dtype(sum, a.params.dtype);
     p.grad_node_weight = pointer(grad_node_weight);

@@ -8,6 +8,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "../decision.h"
 #include "straight_through.h"
 
 namespace fff::cpu {
@@ -34,7 +35,8 @@ class TreeBackwardPass {
 
   void run() {
     if (p_.straight_through) {
-      others_ = alternate_contributions<T>(p_, tree_index_, order_);
+      decision_slopes();
+      others_ = alternate_contributions<T>(p_, tree_index_, order_, slopes_);
     }
     at::parallel_for(
         0, static_cast<int64_t>(order_.runs.size()), 4, [&](int64_t begin, int64_t end) {
@@ -76,6 +78,19 @@ class TreeBackwardPass {
           rows(s.levels + s.leaf_width),
           coefficients(s.levels + s.leaf_width) {}
   };
+
+  void decision_slopes() {
+    slopes_.resize(s_.tokens * s_.levels);
+    at::parallel_for(0, s_.tokens, 512, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t path = (order_.tokens[at] * s_.trees + tree_index_) * s_.levels;
+        const A* scores = static_cast<const A*>(p_.scores) + path;
+        for (int level = 0; level < s_.decisions; ++level) {
+          slopes_[at * s_.levels + level] = decision_slope(p_, scores[level], path + level);
+        }
+      }
+    });
+  }
 
   static A (*as_tile(std::vector<A>& v))
       [kTokenTile] { return reinterpret_cast<A(*)[kTokenTile]>(v.data()); }
@@ -140,20 +155,17 @@ class TreeBackwardPass {
     const A* scores = static_cast<const A*>(p_.scores) + offset;
     const A* grad_scores = static_cast<const A*>(p_.grad_scores);
     auto* node_dots = as_tile(tile.node_dots);
-    const A slope = static_cast<A>(p_.slope);
     A* gates = node_gate_.data() + at * s_.levels;
     if (tree_.node_output) {
       activate_all(p_.forward.node_activation, scores, s_.levels, gates, tile.slopes.data());
     }
     A taken = tile.leaf_value[t];
     for (int level = s_.levels - 1; level >= 0; --level) {
-      const A s = scores[level];
       A grad = grad_scores ? grad_scores[offset + level] : A(0);
-      if (p_.straight_through && level < s_.decisions) {
+      const A slope = p_.straight_through ? slopes_[at * s_.levels + level] : A(0);
+      if (slope != A(0)) {
         const A other = others_[at * s_.levels + level];
-        const A c = sigmoid(slope * s);
-        const A difference = s_.turns_right(tile.leaf, level) ? taken - other : other - taken;
-        grad += difference * slope * c * (A(1) - c);
+        grad += slope * (s_.turns_right(tile.leaf, level) ? taken - other : other - taken);
       }
       if (tree_.node_output) {
         grad += node_dots[level][t] * tile.slopes[level];
@@ -286,6 +298,7 @@ class TreeBackwardPass {
   std::vector<A> node_gate_;    // [tokens, levels] activation(score)
   std::vector<A> grad_hidden_;  // [tokens, leaf_width] of the pre-activations
   std::vector<A> hidden_;       // [tokens, leaf_width]
+  std::vector<A> slopes_;       // [tokens, levels] decision_slope
   std::vector<A> others_;       // [tokens, levels] see Alternates
 };
 

@@ -95,12 +95,14 @@ def _tree(
     b2: Tensor | None,
     noise: Tensor | None,
     leaf_scale: Tensor | None,
+    alternates: Tensor | None,
     trees: int,
     tie_right: bool,
     node_activation: str,
     leaf_activation: str,
     straight_through: bool,
     slope: float,
+    min_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = w2 if w2 is not None else node_output
     assert rows is not None
@@ -123,12 +125,14 @@ def _tree_backward(
     b2: Tensor | None,
     noise: Tensor | None,
     leaf_scale: Tensor | None,
+    alternates: Tensor | None,
     trees: int,
     tie_right: bool,
     node_activation: str,
     leaf_activation: str,
     straight_through: bool,
     slope: float,
+    min_slope: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     def gradient(argument: Tensor | None, wanted: bool) -> Tensor:

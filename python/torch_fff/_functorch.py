@@ -94,7 +94,7 @@ class _Tree(torch.autograd.Function):
     ) -> None:
         _, scores, leaf = output
         ctx.mark_non_differentiable(leaf)
-        tensors, ctx.options = inputs[:10], inputs[10:]
+        tensors, ctx.options = inputs[:11], inputs[11:]
         ctx.save_for_backward(scores, leaf, *tensors)
 
     @staticmethod
@@ -110,7 +110,7 @@ class _Tree(torch.autograd.Function):
             output_mask,
         )
         wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return *wanted, *(None,) * 8
+        return *wanted, *(None,) * 10
 
 
 def leaf_mixture(node_logits: Tensor) -> Any:

@@ -81,12 +81,14 @@ def tree(
     *,
     noise: Tensor | None = None,
     leaf_scale: Tensor | None = None,
+    alternates: Tensor | None = None,
     trees: int = 1,
     tie_right: bool = True,
     node_activation: str = "identity",
     leaf_activation: str = "relu",
     straight_through: bool = False,
     slope: float = 1.0,
+    min_slope: float = 0.0,
 ) -> TreeOutput:
     """Hard trees: every token takes one path per tree, and only what it visits is computed.
 
@@ -101,12 +103,19 @@ def tree(
         noise: [..., K, levels], dtype of the scores; one value per level. Not differentiable.
         leaf_scale: [..., K, l], dtype of the scores; multiplies the hidden activations of whichever
             leaf is reached (dropout). Not differentiable.
+        alternates: [..., K, levels], dtype of the scores; a factor of the straight-through gradient
+            of the decision at each level. Where it is 0 the branch not taken is not evaluated. Not
+            differentiable.
         trees: K.
         straight_through: gives each decision the gradient of a sigmoid. A visited node gets
             ds += <grad_output, y_right - y_left> * slope * sigmoid'(slope * s), where y_right and
             y_left are what its two subtrees contribute when descended hard. Otherwise routing has
             no gradient. The output is the same.
         slope: of that sigmoid; > 0.
+        min_slope: in [0, 1]; decisions with 4 * sigmoid'(slope * s) <= min_slope, a share of the
+            sigmoid's greatest slope, get no straight-through gradient, and their branch not taken
+            is not evaluated. At 0 these are the decisions whose slope has become 0 in floating
+            point.
 
     Returns:
         output [..., out], scores [..., K, levels] and leaf [..., K]: see :class:`TreeOutput`.
@@ -123,12 +132,14 @@ def tree(
             b2,
             noise,
             leaf_scale,
+            alternates,
             trees,
             tie_right,
             node_activation,
             leaf_activation,
             straight_through,
             slope,
+            min_slope,
         )
     )
 

@@ -192,9 +192,11 @@ struct TreeCase {
   bool leaf_scale = false;
   bool tie_right = true;
   bool straight_through = true;
+  bool alternates = false;
   bool grad_scores = false;
   Activation activation = Activation::kRelu;  // of the leaves; the nodes get the next one
   double slope = 1.5;
+  double min_slope = 0;
 
   Activation node_activation() const {
     return static_cast<Activation>((static_cast<int>(activation) + 1) % std::size(kActivations));
@@ -204,7 +206,7 @@ struct TreeCase {
 inline std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
   os << c.levels << " levels, leaf width " << c.leaf_width << ", " << c.tokens << " tokens, "
      << c.input_width << " -> " << c.output_width << ", " << c.trees << " trees, "
-     << name_of(c.activation);
+     << name_of(c.activation) << ", min_slope " << c.min_slope;
   const std::pair<bool, const char*> flags[] = {{c.node_bias, "node_bias"},
                                                 {c.node_output, "node_output"},
                                                 {c.b1, "b1"},
@@ -213,6 +215,7 @@ inline std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
                                                 {c.leaf_scale, "leaf_scale"},
                                                 {c.tie_right, "tie_right"},
                                                 {c.straight_through, "straight_through"},
+                                                {c.alternates, "alternates"},
                                                 {c.grad_scores, "grad_scores"}};
   for (const auto& [set, name] : flags) {
     os << (set ? ", " : "") << (set ? name : "");
@@ -223,7 +226,7 @@ inline std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
 struct TreeArguments {
   at::Tensor x, node_weight;
   OptionalTensor node_bias = {}, node_output = {}, w1 = {}, b1 = {}, w2 = {}, b2 = {};
-  OptionalTensor noise = {}, leaf_scale = {};
+  OptionalTensor noise = {}, leaf_scale = {}, alternates = {};
   OptionalTensor grad_output = {}, grad_scores = {};
 
   // As the operators want them for an x of `dtype`.
@@ -242,6 +245,7 @@ struct TreeArguments {
             .b2 = cast(b2, dtype),
             .noise = cast(noise, acc),
             .leaf_scale = cast(leaf_scale, acc),
+            .alternates = cast(alternates, acc),
             .grad_output = cast(grad_output, dtype),
             .grad_scores = cast(grad_scores, acc)};
   }
@@ -257,6 +261,10 @@ inline TreeArguments make_arguments(const TreeCase& c,
   const auto make = [&](bool present, std::vector<int64_t> shape) {
     return present ? OptionalTensor((random.*draw)(shape)) : std::nullopt;
   };
+  // About half of the factors are 0.
+  const auto half_of = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(t->clamp_min(0)) : std::nullopt;
+  };
   return {.x = (random.*draw)({c.tokens, c.input_width}),
           .node_weight = (random.*draw)({nodes, c.input_width}),
           .node_bias = make(c.node_bias, {nodes}),
@@ -267,6 +275,7 @@ inline TreeArguments make_arguments(const TreeCase& c,
           .b2 = make(has_leaves && c.b2, {leaves, c.output_width}),
           .noise = make(c.noise, {c.tokens, c.trees, c.levels}),
           .leaf_scale = make(has_leaves && c.leaf_scale, {c.tokens, c.trees, c.leaf_width}),
+          .alternates = half_of(make(c.alternates, {c.tokens, c.trees, c.levels})),
           .grad_output = make(true, {c.tokens, c.output_width}),
           .grad_scores = make(c.grad_scores, {c.tokens, c.trees, c.levels})};
 }
@@ -282,8 +291,8 @@ using Gradients = std::array<at::Tensor, 8>;
 inline TreeOutputs call_tree(const TreeCase& c, const TreeArguments& a) {
   const auto [output, scores, leaf] =
       tree(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
-           a.leaf_scale, c.trees, c.tie_right, name_of(c.node_activation()), name_of(c.activation),
-           c.straight_through, c.slope);
+           a.leaf_scale, a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
+           name_of(c.activation), c.straight_through, c.slope, c.min_slope);
   return {output, scores, leaf};
 }
 
@@ -292,9 +301,9 @@ inline Gradients call_tree_backward(const TreeCase& c, const TreeArguments& a, c
   return std::apply(
       [](const auto&... t) { return Gradients{t...}; },
       tree_backward(a.grad_output, a.grad_scores, y.scores, y.leaf, a.x, a.node_weight, a.node_bias,
-                    a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, c.trees,
-                    c.tie_right, name_of(c.node_activation()), name_of(c.activation),
-                    c.straight_through, c.slope, mask));
+                    a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, a.alternates,
+                    c.trees, c.tie_right, name_of(c.node_activation()), name_of(c.activation),
+                    c.straight_through, c.slope, c.min_slope, mask));
 }
 
 inline TreeForward params_of(const TreeCase& c, const TreeArguments& a) {
@@ -372,6 +381,8 @@ inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
                              .leaf = y.leaf.data_ptr<int64_t>(),
                              .straight_through = c.straight_through,
                              .slope = c.slope,
+                             .min_slope = c.min_slope,
+                             .alternates = data_or_null(a.alternates),
                              .grad_x = g[0].data_ptr(),
                              .grad_x_dtype = dtype_of(g[0]),
                              .grad_node_weight = pointer(g[1]),
@@ -414,8 +425,10 @@ inline std::vector<TreeCase> tree_cases() {
                          .leaf_scale = coin(),
                          .tie_right = coin(),
                          .straight_through = coin(),
+                         .alternates = coin(),
                          .grad_scores = coin(),
-                         .activation = kActivations[random() % std::size(kActivations)]});
+                         .activation = kActivations[random() % std::size(kActivations)],
+                         .min_slope = pick(0.0, 0.6)});
       }
     }
   }
@@ -433,6 +446,12 @@ inline std::vector<TreeCase> tree_cases() {
   cases.push_back({.levels = 4, .leaf_width = 9, .tokens = 300, .input_width = 33});
   cases.push_back({.levels = 7, .leaf_width = 1, .tokens = 300, .node_output = true});
   cases.push_back({.levels = 9, .leaf_width = 0, .tokens = 2100, .tie_right = false});
+  cases.push_back({.levels = 9,
+                   .leaf_width = 0,
+                   .tokens = 2100,
+                   .tie_right = false,
+                   .alternates = true,
+                   .min_slope = 0.6});
   cases.push_back({.levels = 8,
                    .leaf_width = 2,
                    .tokens = 4200,

@@ -176,8 +176,8 @@ TreeOutputs dispatch_tree(const TreeCase& c, const TreeArguments& a) {
       c10::Dispatcher::singleton().findSchemaOrThrow("fff::tree", "").typed<decltype(tree)>();
   const auto [output, scores, leaf] =
       op.call(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
-              a.leaf_scale, c.trees, c.tie_right, name_of(c.node_activation()),
-              name_of(c.activation), c.straight_through, c.slope);
+              a.leaf_scale, a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
+              name_of(c.activation), c.straight_through, c.slope, c.min_slope);
   return {output, scores, leaf};
 }
 
@@ -195,6 +195,7 @@ Gradients inputs_of(const TreeArguments& a) {
 
 std::vector<TreeCase> autograd_cases() {
   return {{.node_output = true, .noise = true, .leaf_scale = true, .grad_scores = true},
+          {.alternates = true, .grad_scores = true, .min_slope = 0.6},
           {.node_bias = false, .b1 = false, .b2 = false, .grad_scores = true},
           {.leaf_width = 0, .trees = 3, .straight_through = false, .grad_scores = true}};
 }

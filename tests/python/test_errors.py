@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import make_case
+from cases import DIFFERENTIABLE, make_case
 from torch_fff import functional
 
 
@@ -70,6 +70,12 @@ TREE_ERRORS = {
     "noise levels": (changed("noise", lambda t: t[..., 1:]), ["noise", "[7, 3, 3]", "[7, 3, 2]"]),
     "noise tokens": (changed("noise", lambda t: t[1:]), ["noise", "[7, 3, 3]", "[6, 3, 3]"]),
     "leaf_scale": (changed("leaf_scale", half), ["leaf_scale", "[7, 3, 4]", "[7, 3, 2]"]),
+    "alternates": (changed("alternates", half), ["alternates", "[7, 3, 3]", "[7, 3, 1]"]),
+    "dtype of alternates": (
+        changed("alternates", torch.Tensor.float),
+        ["alternates", "Double", "Float"],
+    ),
+    "min_slope": (changed("min_slope", lambda _: 1.5), ["min_slope", "[0, 1]", "1.5"]),
     "node_activation": (
         changed("node_activation", lambda _: "tanh"),
         ["node_activation", "'relu'", "tanh"],
@@ -89,12 +95,12 @@ OF_DESCEND = [
 OF_SOFT_TREE = [
     name
     for name in TREE_ERRORS
-    if name not in ("dtype of noise", "noise levels", "noise tokens", "leaf_scale")
+    if not any(word in name for word in ("noise", "leaf_scale", "alternates", "min_slope"))
 ]
 
 
 def bad_case(name):
-    case = make_case(trees=3, node_output=True, noise=True, leaf_scale=True)
+    case = make_case(trees=3, node_output=True, noise=True, leaf_scale=True, alternates=True)
     change, expected = TREE_ERRORS[name]
     return change(case), expected
 
@@ -129,7 +135,7 @@ def test_descend(name):
 @pytest.mark.parametrize("name", OF_SOFT_TREE)
 def test_soft_tree(name):
     case, expected = bad_case(name)
-    tensors = {k: t for k, t in case.tensors.items() if k not in ("noise", "leaf_scale")}
+    tensors = {k: t for k, t in case.tensors.items() if k in DIFFERENTIABLE}
     in_python = {
         "Double": "torch.float64",
         "BFloat16": "torch.bfloat16",

@@ -13,6 +13,7 @@ TREES = [
     {"levels": 0, "node_bias": False, "b1": False, "b2": False, "leaf_activation": "silu"},
     {"leaf_width": None, "trees": 2, "tie_right": False, "slope": 2.0},
     {"leaf_width": None, "levels": 1, "contiguous": False, "tokens": ()},
+    {"straight_through": True, "alternates": True, "min_slope": 0.5},
 ]
 
 
@@ -48,7 +49,7 @@ def test_descend(device, dtype, options):
     arguments = case.arguments()
     x, node_weight, node_bias, noise = (arguments[i] for i in (0, 1, 2, 8))
     torch.library.opcheck(
-        OPS.descend.default, (x, node_weight, node_bias, noise, *arguments[10:12])
+        OPS.descend.default, (x, node_weight, node_bias, noise, *arguments[11:13])
     )
 
 

@@ -30,6 +30,8 @@ FFF = [
     {"noise": True},
     {"leaf_scale": True},
     {"contiguous": False, "noise": True, "leaf_scale": True, "tokens": (2, 3)},
+    {"contiguous": False, "alternates": True, "tokens": (2, 30)},
+    {"min_slope": 0.5, "tokens": (64,), "levels": 5},
     {"tie_right": False},
     {"bias_shift": 10.0, "tokens": (64,)},
     {"bias_shift": -10.0, "tokens": (64,), "trees": 2},
@@ -48,6 +50,7 @@ NEURONS = [
     *({"width": width, "out": width} for width in [1, 3, 33, 784]),
     {"node_bias": False, "trees": 3, "tie_right": False},
     {"noise": True, "contiguous": False, "trees": 3},
+    {"alternates": True, "min_slope": 0.3, "levels": 6, "tokens": (300,), "trees": 2},
     {"bias_shift": 10.0, "tokens": (64,)},
 ]
 
@@ -67,6 +70,8 @@ def mixed(count):
             "node_output": draw.random() < 0.4,
             **{name: draw.random() < 0.6 for name in ("node_bias", "b1", "b2", "noise")},
             "leaf_scale": leaf_width is not None and draw.random() < 0.4,
+            "alternates": draw.random() < 0.4,
+            "min_slope": draw.choice([0.0, 0.5]),
             "contiguous": draw.random() < 0.7,
             "tie_right": draw.random() < 0.5,
             "node_activation": draw.choice(list(ACTIVATIONS)),
