@@ -35,7 +35,8 @@ TORCH_LIBRARY(fff, m) {
       "tree(Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
       " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
       " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
-      " bool straight_through, float slope, float min_slope) -> (Tensor output, Tensor scores, "
+      " bool straight_through, float slope, float min_slope, bool row_sparse_grad) -> (Tensor "
+      "output, Tensor scores, "
       "Tensor leaf)",
       tags);
   m.def(
@@ -46,6 +47,17 @@ TORCH_LIBRARY(fff, m) {
       " bool straight_through, float slope, float min_slope, bool[3] output_mask) -> (Tensor x, "
       "Tensor node_weight, Tensor node_bias,"
       " Tensor node_output, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
+      tags);
+  // The same with visited rows alone: nodes [m] and leaves [r] are their ids, ascending; m or r
+  // stands for K*n or K*leaves in the shapes of the gradients.
+  m.def(
+      "tree_backward_rows(Tensor? grad_output, Tensor? grad_scores, Tensor scores, Tensor leaf,"
+      " Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
+      " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
+      " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
+      " bool straight_through, float slope, float min_slope, bool[3] output_mask) -> (Tensor x,"
+      " Tensor nodes, Tensor leaves, Tensor node_weight, Tensor node_bias, Tensor node_output,"
+      " Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
       tags);
 }
 
@@ -59,6 +71,7 @@ void register_kernels(torch::Library& m) {
   m.impl("descend", TORCH_FN(fff::descend));
   m.impl("tree", TORCH_FN(fff::tree));
   m.impl("tree_backward", TORCH_FN(fff::tree_backward));
+  m.impl("tree_backward_rows", TORCH_FN(fff::tree_backward_rows));
 }
 
 }  // namespace

@@ -37,10 +37,10 @@ struct GateGradients {
   }
 };
 
-// The leaf a token reached, masked so that no value a caller may pass can index outside the tree.
+// The leaf a token reached.
 FFF_DEVICE inline int64_t reached_leaf(const TreeShape& s, const int64_t* leaf, int64_t token,
                                        int64_t tree) {
-  return leaf[token * s.trees + tree] & (s.leaves() - 1);
+  return s.inside(leaf[token * s.trees + tree]);
 }
 
 // Item: a token.

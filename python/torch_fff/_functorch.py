@@ -94,7 +94,8 @@ class _Tree(torch.autograd.Function):
     ) -> None:
         _, scores, leaf = output
         ctx.mark_non_differentiable(leaf)
-        tensors, ctx.options = inputs[:11], inputs[11:]
+        # Without row_sparse_grad, which is False here.
+        tensors, ctx.options = inputs[:11], inputs[11:-1]
         ctx.save_for_backward(scores, leaf, *tensors)
 
     @staticmethod
@@ -110,7 +111,7 @@ class _Tree(torch.autograd.Function):
             output_mask,
         )
         wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return *wanted, *(None,) * 10
+        return *wanted, *(None,) * 11
 
 
 def leaf_mixture(node_logits: Tensor) -> Any:

@@ -39,6 +39,7 @@ _SHOWN_UNLESS_DEFAULT = (
     ("noise", 0.0),
     ("alternates", None),
     ("min_slope", 0.0),
+    ("row_sparse_grad", False),
     ("hardening", 0.0),
     ("balance", 0.0),
     ("master_leaf_width", 0),
@@ -71,6 +72,15 @@ class FFF(nn.Module):
     replacement and scales their gradient by depth / n: noisier, with the right mean. ``min_slope``
     gives no gradient to decisions with 4 * sigmoid'(slope * s) <= min_slope: nothing is drawn, but
     what far decisions would have learned is missing.
+
+    **Wide trees.** A step visits few rows of a tree with many nodes, and a gradient that is written
+    for all of them costs more than the pass itself. With ``row_sparse_grad=True`` the gradients of
+    node_weights, node_biases, node_outputs, w1, b1, w2 and b2 in hard forwards are sparse tensors
+    that list each visited node or leaf once, in ascending order, as those of
+    ``nn.Embedding(sparse=True)`` do. torch.optim's SGD, SparseAdam and Adagrad take them, without
+    weight decay. They are for parameters themselves, on the CPU, in eager mode: not for torch.func,
+    for compiled training, nor for weights that autocast casts. What else uses a parameter, such as
+    the hardening loss, makes its gradient dense.
 
     **Hardening** teaches a soft tree decisions that can be rounded. Its loss is, always, the sum
     over nodes of the mean over tokens of the entropy of c, in nats. Use one of:
@@ -126,6 +136,8 @@ class FFF(nn.Module):
         alternates: number of branches not taken that are evaluated per token and tree in hard
             training; None for all.
         min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
+        row_sparse_grad: in hard forwards, give the parameters of the trees gradients that are
+            sparse tensors of the nodes and leaves that were visited.
         hardening: weight h.
         balance: weight b.
         master_leaf_width: width m of a leaf that every token uses (arXiv 2405.16836), 0 for none:
@@ -188,6 +200,7 @@ class FFF(nn.Module):
         noise: float = 0.0,
         alternates: int | None = None,
         min_slope: float = 0.0,
+        row_sparse_grad: bool = False,
         hardening: float = 0.0,
         balance: float = 0.0,
         master_leaf_width: int = 0,
@@ -237,6 +250,7 @@ class FFF(nn.Module):
         self.noise = float(noise)
         self.alternates = alternates
         self.min_slope = float(min_slope)
+        self.row_sparse_grad = row_sparse_grad
         self.hardening = float(hardening)
         self.balance = float(balance)
         self.entropy: Tensor | None = None
@@ -348,6 +362,7 @@ class FFF(nn.Module):
             straight_through=straight_through,
             slope=self.slope,
             min_slope=self.min_slope,
+            row_sparse_grad=self.row_sparse_grad,
         )
         if not self.training:
             return output, None, None

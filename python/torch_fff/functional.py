@@ -69,6 +69,15 @@ def _differentiable(op: Any, transformable: Callable[..., Any]) -> Any:
     return op
 
 
+def _row_sparse(op: Any) -> Any:
+    """``op``, whose backward gives sparse tensors, which eager autograd alone takes."""
+    if torch.compiler.is_dynamo_compiling():
+        reject("tree", "row_sparse_grad", "False under torch.compile", True)
+    if _transforms_active():
+        reject("tree", "row_sparse_grad", "False under a torch.func transform", True)
+    return op
+
+
 def tree(
     x: Tensor,
     node_weight: Tensor,
@@ -89,6 +98,7 @@ def tree(
     straight_through: bool = False,
     slope: float = 1.0,
     min_slope: float = 0.0,
+    row_sparse_grad: bool = False,
 ) -> TreeOutput:
     """Hard trees: every token takes one path per tree, and only what it visits is computed.
 
@@ -116,12 +126,23 @@ def tree(
             sigmoid's greatest slope, get no straight-through gradient, and their branch not taken
             is not evaluated. At 0 these are the decisions whose slope has become 0 in floating
             point.
+        row_sparse_grad: gives the weights gradients that are coalesced sparse tensors of the rows
+            (nodes and leaves) that some token visits, as ``torch.nn.Embedding(sparse=True)`` does,
+            so that backward costs nothing for the others. Backward is an error on other devices
+            than the CPU, and the call is one under torch.func transforms, where autocast casts
+            weights, and under torch.compile with fullgraph=True; without it the calling code runs
+            in eager mode.
 
     Returns:
         output [..., out], scores [..., K, levels] and leaf [..., K]: see :class:`TreeOutput`.
     """
+    op = (
+        _row_sparse(_tree)
+        if row_sparse_grad and torch.is_grad_enabled()
+        else _differentiable(_tree, _functorch.tree)
+    )
     return TreeOutput(
-        *_differentiable(_tree, _functorch.tree)(
+        *op(
             x,
             node_weight,
             node_bias,
@@ -140,6 +161,7 @@ def tree(
             straight_through,
             slope,
             min_slope,
+            row_sparse_grad,
         )
     )
 

@@ -28,6 +28,7 @@ _SHOWN_UNLESS_DEFAULT = (
     ("noise", 0.0),
     ("alternates", None),
     ("min_slope", 0.0),
+    ("row_sparse_grad", False),
 )
 
 
@@ -61,6 +62,8 @@ class UltraFFF(nn.Module):
         alternates: number of branches not taken that are evaluated per token and tree in training;
             None for all.
         min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
+        row_sparse_grad: give the parameters gradients that are sparse tensors of the visited nodes,
+            see :class:`FFF`.
         device, dtype: of the parameters.
 
     Parameters: node_weights [K * n, in], node_biases [K * n] (None without ``bias``), node_outputs
@@ -98,6 +101,7 @@ class UltraFFF(nn.Module):
         noise: float = 0.0,
         alternates: int | None = None,
         min_slope: float = 0.0,
+        row_sparse_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -119,6 +123,7 @@ class UltraFFF(nn.Module):
         self.noise = float(noise)
         self.alternates = alternates
         self.min_slope = float(min_slope)
+        self.row_sparse_grad = row_sparse_grad
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -161,6 +166,7 @@ class UltraFFF(nn.Module):
             straight_through=straight_through,
             slope=self.slope,
             min_slope=self.min_slope,
+            row_sparse_grad=self.row_sparse_grad,
         ).output
 
     def published_state_dict(self) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@
 #include <optional>
 #include <ostream>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "reference.h"
 #include "tree.h"
+#include "visited_rows.h"
 
 namespace fff::test {
 
@@ -292,7 +294,7 @@ inline TreeOutputs call_tree(const TreeCase& c, const TreeArguments& a) {
   const auto [output, scores, leaf] =
       tree(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
            a.leaf_scale, a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
-           name_of(c.activation), c.straight_through, c.slope, c.min_slope);
+           name_of(c.activation), c.straight_through, c.slope, c.min_slope, false);
   return {output, scores, leaf};
 }
 
@@ -304,6 +306,39 @@ inline Gradients call_tree_backward(const TreeCase& c, const TreeArguments& a, c
                     a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, a.alternates,
                     c.trees, c.tie_right, name_of(c.node_activation()), name_of(c.activation),
                     c.straight_through, c.slope, c.min_slope, mask));
+}
+
+// Of the weights visited rows alone, which are checked to be those of the paths.
+inline Gradients call_tree_backward_rows(const TreeCase& c, const TreeArguments& a,
+                                         const TreeOutputs& y) {
+  const auto [x, nodes, leaves, node_weight, node_bias, node_output, w1, b1, w2, b2] =
+      tree_backward_rows(a.grad_output, a.grad_scores, y.scores, y.leaf, a.x, a.node_weight,
+                         a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale,
+                         a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
+                         name_of(c.activation), c.straight_through, c.slope, c.min_slope,
+                         {true, true, true});
+  std::set<int64_t> visited_nodes, visited_leaves;
+  const int64_t leaf_count = int64_t(1) << (c.leaf_width > 0 ? c.levels : c.levels - 1);
+  for (int64_t i = 0; i < y.leaf.numel(); ++i) {
+    const int64_t tree = i % c.trees;
+    // Heap indices counted from 1, with the leaves as one more level: halving goes up.
+    int64_t at = leaf_count + y.leaf.const_data_ptr<int64_t>()[i];
+    if (c.leaf_width > 0) {
+      visited_leaves.insert(tree * leaf_count + at - leaf_count);
+      at /= 2;
+    }
+    for (; at > 0; at /= 2) {
+      visited_nodes.insert(tree * ((int64_t(1) << c.levels) - 1) + at - 1);
+    }
+  }
+  const auto expect_ids = [](const at::Tensor& got, const std::set<int64_t>& want) {
+    const int64_t* ids = got.const_data_ptr<int64_t>();
+    EXPECT_EQ(std::vector<int64_t>(ids, ids + got.numel()),
+              std::vector<int64_t>(want.begin(), want.end()));
+  };
+  expect_ids(nodes, visited_nodes);
+  expect_ids(leaves, visited_leaves);
+  return {x, node_weight, node_bias, node_output, w1, b1, w2, b2};
 }
 
 inline TreeForward params_of(const TreeCase& c, const TreeArguments& a) {
@@ -356,23 +391,30 @@ inline TreeOutputs run_tree(const Implementation& by, const TreeCase& c, const T
   return y;
 }
 
+// With `rows` the gradients of weights have those rows alone.
 inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
-                                   const TreeArguments& a, const TreeOutputs& y) {
+                                   const TreeArguments& a, const TreeOutputs& y,
+                                   const VisitedRows* rows = nullptr) {
   if (!by.kernels) {
-    return call_tree_backward(c, a, y);
+    return rows ? call_tree_backward_rows(c, a, y) : call_tree_backward(c, a, y);
   }
   const at::ScalarType acc = accumulation_type(a.x.scalar_type());
-  const auto zeros_like = [&](const OptionalTensor& weight) {
-    return at::zeros(weight ? weight->sizes() : at::IntArrayRef{0}, acc);
+  const auto zeros_like = [&](const OptionalTensor& weight,
+                              std::vector<int64_t> VisitedRows::* ids = nullptr) {
+    std::vector<int64_t> sizes = weight ? weight->sizes().vec() : std::vector<int64_t>{0};
+    if (rows && weight) {
+      sizes[0] = static_cast<int64_t>((rows->*ids).size());
+    }
+    return at::zeros(sizes, acc);
   };
-  const Gradients g = {at::empty(a.x.sizes(), sum_type(c, a.x)),
-                       zeros_like(a.node_weight),
-                       zeros_like(a.node_bias),
-                       zeros_like(a.node_output),
-                       zeros_like(a.w1),
-                       zeros_like(a.b1),
-                       zeros_like(a.w2),
-                       zeros_like(a.b2)};
+  const auto ids = [](const std::vector<int64_t>& v) {
+    return RowIds{v.data(), static_cast<int64_t>(v.size())};
+  };
+  const Gradients g = {
+      at::empty(a.x.sizes(), sum_type(c, a.x)),     zeros_like(a.node_weight, &VisitedRows::nodes),
+      zeros_like(a.node_bias, &VisitedRows::nodes), zeros_like(a.node_output, &VisitedRows::nodes),
+      zeros_like(a.w1, &VisitedRows::leaves),       zeros_like(a.b1, &VisitedRows::leaves),
+      zeros_like(a.w2, &VisitedRows::leaves),       zeros_like(a.b2, &VisitedRows::leaves)};
   const auto pointer = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   by.kernels->tree_backward({.forward = params_of(c, a),
                              .grad_output = data_or_null(a.grad_output),
@@ -383,6 +425,8 @@ inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
                              .slope = c.slope,
                              .min_slope = c.min_slope,
                              .alternates = data_or_null(a.alternates),
+                             .nodes = rows ? ids(rows->nodes) : RowIds{},
+                             .leaves = rows ? ids(rows->leaves) : RowIds{},
                              .grad_x = g[0].data_ptr(),
                              .grad_x_dtype = dtype_of(g[0]),
                              .grad_node_weight = pointer(g[1]),

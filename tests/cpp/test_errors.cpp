@@ -35,7 +35,7 @@ struct Call {
   void forward() const {
     tree(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
          a.leaf_scale, a.alternates, c.trees, true, node_activation, leaf_activation, true, 1,
-         c.min_slope);
+         c.min_slope, false);
   }
   void backward() const {
     tree_backward(a.grad_output, a.grad_scores, y.scores, y.leaf, a.x, a.node_weight, a.node_bias,
@@ -145,6 +145,16 @@ TEST(Errors, TreeBackwardNamesItsOwnArguments) {
     parts.push_back("fff::tree_backward:");
     expect_error([&] { call.backward(); }, parts);
   }
+}
+
+TEST(Errors, RowSparseGradientsAreForTheCPU) {
+  const at::Tensor x = meta({5, 3}), scores = meta({5, 1, 2});
+  expect_error(
+      [&] {
+        tree_backward_rows({}, {}, scores, scores, x, x, {}, {}, {}, {}, {}, {}, {}, {}, {}, 1,
+                           true, "relu", "relu", true, 1, 0, {true, true, true});
+      },
+      {"fff::tree_backward_rows: x must be on the CPU for row_sparse_grad", "got meta"});
 }
 
 TEST(Errors, DescendNamesTheMistake) {

@@ -34,9 +34,14 @@ class TreeCase:
             "straight_through": False,
             "slope": 1.0,
             "min_slope": 0.0,
+            "row_sparse_grad": False,
         }
         options = defaults | self.options
         return (*map(self.tensors.get, names), *(options[name] for name in defaults))
+
+    def backward_arguments(self):
+        """Those of them that tree_backward has as well."""
+        return self.arguments()[:-1]
 
     def run(self, function):
         return function(**self.tensors, **self.options)

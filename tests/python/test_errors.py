@@ -220,20 +220,22 @@ def test_gated_activation(pre, mixture, activation, expected):
 def test_tree_backward(position, change, expected):
     case = make_case()
     output, scores, leaf = torch.ops.fff.tree(*case.arguments())
-    arguments = [output, scores, scores, leaf, *case.arguments(), [True] * 3]
+    arguments = [output, scores, scores, leaf, *case.backward_arguments(), [True] * 3]
     arguments[position] = change(arguments[position])
     check_error(lambda: torch.ops.fff.tree_backward(*arguments), "fff::tree_backward", expected)
 
 
 @pytest.mark.parametrize("wild", [8, -1, 2**40 + 3])
-def test_leaf_outside_of_tree(wild):
+@pytest.mark.parametrize("name", ["tree_backward", "tree_backward_rows"])
+def test_leaf_outside_of_tree(name, wild):
     """Whatever leaf a caller passes, nothing outside the tree is read or written."""
     case = make_case()
+    op = getattr(torch.ops.fff, name)
     output, scores, leaf = torch.ops.fff.tree(*case.arguments())
 
     def gradients(index):
-        arguments = (output, None, scores, torch.full_like(leaf, index), *case.arguments())
-        return torch.ops.fff.tree_backward(*arguments, [True] * 3)
+        routes = (scores, torch.full_like(leaf, index))
+        return op(output, None, *routes, *case.backward_arguments(), [True] * 3)
 
     for actual, expected in zip(gradients(wild), gradients(wild % 8), strict=True):
         assert torch.equal(actual, expected)

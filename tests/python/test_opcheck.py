@@ -60,12 +60,21 @@ def test_tree(device, dtype, options):
     torch.library.opcheck(OPS.tree.default, case.requires_grad().arguments())
 
 
+@pytest.mark.parametrize("options", TREES, ids=str)
+def test_tree_backward_rows(options):
+    case = make_case(dtype=torch.bfloat16, **options)
+    output, scores, leaf = OPS.tree(*case.arguments())
+    g, g_scores = torch.randn_like(output), torch.randn_like(scores)
+    arguments = (g, g_scores, scores, leaf, *case.backward_arguments(), (True, True, True))
+    torch.library.opcheck(OPS.tree_backward_rows.default, arguments)
+
+
 @pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, True, False)])
 @pytest.mark.parametrize("options", TREES, ids=str)
 def test_tree_backward(device, options, mask):
     case = make_case(dtype=torch.float32, device=device, **options)
     output, scores, leaf = OPS.tree(*case.arguments())
-    arguments = (scores, leaf, *case.arguments(), mask)
+    arguments = (scores, leaf, *case.backward_arguments(), mask)
     for grads in [
         (torch.randn_like(output), torch.randn_like(scores)),
         (torch.randn_like(output), None),

@@ -201,14 +201,15 @@ def test_output_mask():
     _, scores, leaf = torch.ops.fff.tree(*arguments)
     g = torch.ones(7, 8, dtype=torch.float64)
     backward = torch.ops.fff.tree_backward
-    every = backward(g, None, scores, leaf, *arguments, [True, True, True])
+    routes = (scores, leaf, *case.backward_arguments())
+    every = backward(g, None, *routes, [True, True, True])
     assert [t.numel() > 0 for t in every] == [t is not None for t in arguments[:8]]
     for mask, kept in [
         ([True, False, False], {0}),
         ([False, True, False], {1, 2, 3}),
         ([False, False, True], {4, 5, 6, 7}),
     ]:
-        for i, gradient in enumerate(backward(g, None, scores, leaf, *arguments, mask)):
+        for i, gradient in enumerate(backward(g, None, *routes, mask)):
             assert torch.equal(gradient, every[i] if i in kept else g.new_empty(0))
 
 
