@@ -35,18 +35,17 @@ TORCH_LIBRARY(fff, m) {
       "tree(Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
       " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
       " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
-      " bool straight_through, float slope, float min_slope, bool row_sparse_grad) -> (Tensor "
-      "output, Tensor scores, "
-      "Tensor leaf)",
+      " bool straight_through, float slope, float min_slope=0., bool row_sparse_grad=False) ->"
+      " (Tensor output, Tensor scores, Tensor leaf)",
       tags);
   m.def(
       "tree_backward(Tensor? grad_output, Tensor? grad_scores, Tensor scores, Tensor leaf,"
       " Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
       " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
       " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
-      " bool straight_through, float slope, float min_slope, bool[3] output_mask) -> (Tensor x, "
-      "Tensor node_weight, Tensor node_bias,"
-      " Tensor node_output, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
+      " bool straight_through, float slope, float min_slope, bool[3] output_mask) -> (Tensor x,"
+      " Tensor node_weight, Tensor node_bias, Tensor node_output, Tensor w1, Tensor b1,"
+      " Tensor w2, Tensor b2)",
       tags);
   // The same with visited rows alone: nodes [m] and leaves [r] are their ids, ascending; m or r
   // stands for K*n or K*leaves in the shapes of the gradients.

@@ -25,7 +25,7 @@ def _register(name: str) -> Callable[[_Fake], _Fake]:
 
     def register(fake: _Fake) -> _Fake:
         def checked(*args: Any) -> Any:
-            named = zip(arguments, args, strict=True)
+            named = zip(arguments, args, strict=False)  # defaults are left out
             first, *others = [(a.name, t) for a, t in named if isinstance(t, Tensor)]
             for argument, tensor in others:
                 if tensor.device != first[1].device:
@@ -102,8 +102,8 @@ def _tree(
     leaf_activation: str,
     straight_through: bool,
     slope: float,
-    min_slope: float,
-    row_sparse_grad: bool,
+    min_slope: float = 0.0,
+    row_sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = w2 if w2 is not None else node_output
     assert rows is not None

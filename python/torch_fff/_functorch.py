@@ -94,8 +94,7 @@ class _Tree(torch.autograd.Function):
     ) -> None:
         _, scores, leaf = output
         ctx.mark_non_differentiable(leaf)
-        # Without row_sparse_grad, which is False here.
-        tensors, ctx.options = inputs[:11], inputs[11:-1]
+        tensors, ctx.options = inputs[:11], inputs[11:-1]  # without row_sparse_grad: it is False
         ctx.save_for_backward(scores, leaf, *tensors)
 
     @staticmethod
@@ -123,4 +122,5 @@ def gated_activation(pre: Tensor, mixture: Tensor, activation: str) -> Any:
 
 
 def tree(*args: Any) -> Any:
-    return _Tree.apply(*_autocast(*args[:8]), *args[8:])
+    defaults = (0.0, False)  # of the last two, which may be left out
+    return _Tree.apply(*_autocast(*args[:8]), *args[8:17], *(args[17:] or defaults))

@@ -136,11 +136,12 @@ def tree(
     Returns:
         output [..., out], scores [..., K, levels] and leaf [..., K]: see :class:`TreeOutput`.
     """
-    op = (
-        _row_sparse(_tree)
-        if row_sparse_grad and torch.is_grad_enabled()
-        else _differentiable(_tree, _functorch.tree)
-    )
+    if row_sparse_grad and torch.is_grad_enabled():
+        op = _row_sparse(_tree)
+    else:
+        op = _differentiable(_tree, _functorch.tree)
+    # An argument costs a tenth of a microsecond, even if it has its default value.
+    rest = (min_slope, row_sparse_grad) if min_slope or row_sparse_grad else ()
     return TreeOutput(
         *op(
             x,
@@ -160,8 +161,7 @@ def tree(
             leaf_activation,
             straight_through,
             slope,
-            min_slope,
-            row_sparse_grad,
+            *rest,
         )
     )
 
