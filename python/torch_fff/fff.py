@@ -76,11 +76,11 @@ class FFF(nn.Module):
     **Wide trees.** A step visits few rows of a tree with many nodes, and a gradient that is written
     for all of them costs more than the pass itself. With ``row_sparse_grad=True`` the gradients of
     node_weights, node_biases, node_outputs, w1, b1, w2 and b2 in hard forwards are sparse tensors
-    that list each visited node or leaf once, in ascending order, as those of
-    ``nn.Embedding(sparse=True)`` do. torch.optim's SGD, SparseAdam and Adagrad take them, without
-    weight decay. They are for parameters themselves, on the CPU, in eager mode: not for torch.func,
-    for compiled training, nor for weights that autocast casts. What else uses a parameter, such as
-    the hardening loss, makes its gradient dense.
+    that list each visited node or leaf once, in ascending order, like those of
+    ``nn.Embedding(sparse=True)`` (coalesced; ``.grad`` loses that mark). torch.optim's SGD,
+    SparseAdam and Adagrad take them, without weight decay. They are for parameters themselves, on
+    the CPU, in eager mode: not for torch.func, for compiled training, nor for weights that autocast
+    casts. What else uses a parameter, such as the hardening loss, makes its gradient dense.
 
     **Hardening** teaches a soft tree decisions that can be rounded. Its loss is, always, the sum
     over nodes of the mean over tokens of the entropy of c, in nats. Use one of:
