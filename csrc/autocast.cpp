@@ -1,5 +1,5 @@
-// Under autocast x and the weights are cast to the autocast dtype; scores, noise and leaf_scale
-// stay in the accumulation type.
+// Under autocast x and the weights are cast to the autocast dtype; scores, noise,
+// leaf_scale and alternates stay in the accumulation type.
 
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -38,17 +38,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autocast(
     const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
     const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
     const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
-    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-    std::string_view node_activation, std::string_view leaf_activation, bool straight_through,
-    double slope) {
+    const OptionalTensor& leaf_scale, const OptionalTensor& alternates, int64_t trees,
+    bool tie_right, std::string_view node_activation, std::string_view leaf_activation,
+    bool straight_through, double slope, double min_slope, bool row_sparse_grad) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   static const auto call =
       c10::Dispatcher::singleton().findSchemaOrThrow("fff::tree", "").typed<decltype(tree)>();
   const Cast cast(device);
-  return call.call(cast(x), cast(node_weight), cast(node_bias), cast(node_output), cast(w1),
-                   cast(b1), cast(w2), cast(b2), like_scores(noise, x), like_scores(leaf_scale, x),
-                   trees, tie_right, node_activation, leaf_activation, straight_through, slope);
+  const at::Tensor own_node_weight = cast(node_weight);
+  // The gradient of a cast is dense, and the cast itself has a price for every row.
+  TORCH_CHECK(
+      !row_sparse_grad || !at::GradMode::is_enabled() || own_node_weight.is_same(node_weight),
+      "fff::tree: row_sparse_grad must be false where autocast casts the weights, got true "
+      "with node_weight ",
+      node_weight.scalar_type());
+  return call.call(cast(x), own_node_weight, cast(node_bias), cast(node_output), cast(w1), cast(b1),
+                   cast(w2), cast(b2), like_scores(noise, x), like_scores(leaf_scale, x),
+                   like_scores(alternates, x), trees, tie_right, node_activation, leaf_activation,
+                   straight_through, slope, min_slope, row_sparse_grad);
 }
 
 template <c10::DeviceType device>

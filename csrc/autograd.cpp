@@ -1,6 +1,7 @@
 // Gradients. Each backward pass is an operator of its own, so that it can be traced; it refuses to
 // be differentiated again.
 
+#include <ATen/ops/_sparse_coo_tensor_unsafe.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -82,6 +83,18 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
   }
 };
 
+// The gradient whose rows `ids` [m] are `values` [m, ...], and all others 0.
+at::Tensor sparse_rows(const at::Tensor& ids, const at::Tensor& values, at::IntArrayRef sizes) {
+  return at::_sparse_coo_tensor_unsafe(ids.unsqueeze(0), values, sizes,
+                                       values.options().layout(at::kSparse),
+                                       /*is_coalesced=*/true);
+}
+
+template <typename... Tensors>
+std::array<at::Tensor, sizeof...(Tensors)> to_array(std::tuple<Tensors...> tensors) {
+  return std::apply([](auto&... t) { return std::array{std::move(t)...}; }, tensors);
+}
+
 class TreeFunction : public torch::autograd::Function<TreeFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x,
@@ -89,33 +102,35 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
                                const OptionalTensor& node_output, const OptionalTensor& w1,
                                const OptionalTensor& b1, const OptionalTensor& w2,
                                const OptionalTensor& b2, const OptionalTensor& noise,
-                               const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-                               const std::string& node_activation,
+                               const OptionalTensor& leaf_scale, const OptionalTensor& alternates,
+                               int64_t trees, bool tie_right, const std::string& node_activation,
                                const std::string& leaf_activation, bool straight_through,
-                               double slope) {
+                               double slope, double min_slope, bool row_sparse_grad) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     static const auto call = op<decltype(tree)>("fff::tree");
     auto [output, scores, leaf] =
-        call.call(x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, trees,
-                  tie_right, node_activation, leaf_activation, straight_through, slope);
+        call.call(x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale,
+                  alternates, trees, tie_right, node_activation, leaf_activation, straight_through,
+                  slope, min_slope, row_sparse_grad);
     const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
     ctx->save_for_backward({scores, leaf, x, node_weight, or_undefined(node_bias),
                             or_undefined(node_output), or_undefined(w1), or_undefined(b1),
                             or_undefined(w2), or_undefined(b2), or_undefined(noise),
-                            or_undefined(leaf_scale)});
+                            or_undefined(leaf_scale), or_undefined(alternates)});
     ctx->saved_data["trees"] = trees;
     ctx->saved_data["tie_right"] = tie_right;
     ctx->saved_data["node_activation"] = node_activation;
     ctx->saved_data["leaf_activation"] = leaf_activation;
     ctx->saved_data["straight_through"] = straight_through;
     ctx->saved_data["slope"] = slope;
+    ctx->saved_data["min_slope"] = min_slope;
+    ctx->saved_data["row_sparse_grad"] = row_sparse_grad;
     ctx->mark_non_differentiable({leaf});
     ctx->set_materialize_grads(false);
     return {output, scores, leaf};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto call = op<decltype(tree_backward)>("fff::tree_backward");
     const variable_list saved = ctx->get_saved_variables();
     const auto or_nullopt = [](const at::Tensor& t) {
       return t.defined() ? OptionalTensor(t) : std::nullopt;
@@ -126,20 +141,34 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
     for (size_t input = 0, edge = 0; input < wanted.size(); ++input) {
       wanted[input] = saved[2 + input].defined() && ctx->needs_input_grad(edge++);
     }
-    auto gradients = call.call(
-        or_nullopt(grads[0]), or_nullopt(grads[1]), saved[0], saved[1], saved[2], saved[3],
-        or_nullopt(saved[4]), or_nullopt(saved[5]), or_nullopt(saved[6]), or_nullopt(saved[7]),
-        or_nullopt(saved[8]), or_nullopt(saved[9]), or_nullopt(saved[10]), or_nullopt(saved[11]),
-        ctx->saved_data["trees"].toInt(), ctx->saved_data["tie_right"].toBool(),
-        ctx->saved_data["node_activation"].toStringView(),
-        ctx->saved_data["leaf_activation"].toStringView(),
-        ctx->saved_data["straight_through"].toBool(), ctx->saved_data["slope"].toDouble(),
-        {wanted[0], wanted[1] || wanted[2] || wanted[3],
-         wanted[4] || wanted[5] || wanted[6] || wanted[7]});
-    variable_list result(16);  // one for each argument of forward, most without a gradient
-    const std::array<at::Tensor, 8> by_input =
-        std::apply([](auto&&... t) { return std::array<at::Tensor, 8>{std::move(t)...}; },
-                   std::move(gradients));
+    const auto call = [&](const auto& backward) {
+      return backward.call(
+          or_nullopt(grads[0]), or_nullopt(grads[1]), saved[0], saved[1], saved[2], saved[3],
+          or_nullopt(saved[4]), or_nullopt(saved[5]), or_nullopt(saved[6]), or_nullopt(saved[7]),
+          or_nullopt(saved[8]), or_nullopt(saved[9]), or_nullopt(saved[10]), or_nullopt(saved[11]),
+          or_nullopt(saved[12]), ctx->saved_data["trees"].toInt(),
+          ctx->saved_data["tie_right"].toBool(), ctx->saved_data["node_activation"].toStringView(),
+          ctx->saved_data["leaf_activation"].toStringView(),
+          ctx->saved_data["straight_through"].toBool(), ctx->saved_data["slope"].toDouble(),
+          ctx->saved_data["min_slope"].toDouble(),
+          {wanted[0], wanted[1] || wanted[2] || wanted[3],
+           wanted[4] || wanted[5] || wanted[6] || wanted[7]});
+    };
+    std::array<at::Tensor, 8> by_input;
+    if (ctx->saved_data["row_sparse_grad"].toBool()) {
+      static const auto backward = op<decltype(tree_backward_rows)>("fff::tree_backward_rows");
+      const auto rows = to_array(call(backward));
+      by_input[0] = rows[0];
+      for (size_t i = 1; i < by_input.size(); ++i) {
+        if (wanted[i]) {
+          by_input[i] = sparse_rows(rows[i < 4 ? 1 : 2], rows[2 + i], saved[2 + i].sizes());
+        }
+      }
+    } else {
+      static const auto backward = op<decltype(tree_backward)>("fff::tree_backward");
+      by_input = to_array(call(backward));
+    }
+    variable_list result(19);  // one for each argument of forward, most without a gradient
     for (size_t i = 0; i < by_input.size(); ++i) {
       if (wanted[i]) {
         result[i] = by_input[i];
@@ -167,12 +196,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autograd(
     const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
     const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
     const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
-    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-    std::string_view node_activation, std::string_view leaf_activation, bool straight_through,
-    double slope) {
+    const OptionalTensor& leaf_scale, const OptionalTensor& alternates, int64_t trees,
+    bool tie_right, std::string_view node_activation, std::string_view leaf_activation,
+    bool straight_through, double slope, double min_slope, bool row_sparse_grad) {
   variable_list out = TreeFunction::apply(
-      x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, trees, tie_right,
-      std::string(node_activation), std::string(leaf_activation), straight_through, slope);
+      x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates, trees,
+      tie_right, std::string(node_activation), std::string(leaf_activation), straight_through,
+      slope, min_slope, row_sparse_grad);
   return {out[0], out[1], out[2]};
 }
 
@@ -188,5 +218,6 @@ TORCH_LIBRARY_IMPL(fff, Autograd, m) {
   m.impl("gated_activation_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("tree_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("tree_backward_rows", torch::autograd::autogradNotImplementedFallback());
   m.impl("descend", torch::autograd::autogradNotImplementedFallback());
 }

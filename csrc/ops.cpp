@@ -3,9 +3,9 @@
 // Shapes (K trees of n = 2^levels - 1 nodes in heap order and 2^levels leaves):
 //   x [..., in]  node_weight [K*n, in]  node_bias [K*n]  node_output [K*n, out]
 //   w1 [K*leaves, l, in]  b1 [K*leaves, l]  w2 [K*leaves, l, out]  b2 [K*leaves, out]
-//   noise, scores [..., K, levels]  leaf_scale [..., K, l]  leaf [..., K]
-// A tree has node outputs, leaf networks below its nodes, or both. scores, noise and leaf_scale are
-// float32 (float64 for float64 x).
+//   noise, alternates, scores [..., K, levels]  leaf_scale [..., K, l]  leaf [..., K]
+// A tree has node outputs, leaf networks below its nodes, or both. scores, noise, alternates and
+// leaf_scale are float32 (float64 for float64 x).
 
 #include <torch/library.h>
 
@@ -40,17 +40,30 @@ TORCH_LIBRARY(fff, m) {
       tags);
   m.def(
       "tree(Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
-      " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale, int trees,"
-      " bool tie_right, str node_activation, str leaf_activation, bool straight_through,"
-      " float slope) -> (Tensor output, Tensor scores, Tensor leaf)",
+      " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
+      " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
+      " bool straight_through, float slope, float min_slope=0., bool row_sparse_grad=False) ->"
+      " (Tensor output, Tensor scores, Tensor leaf)",
       tags);
   m.def(
       "tree_backward(Tensor? grad_output, Tensor? grad_scores, Tensor scores, Tensor leaf,"
       " Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
-      " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale, int trees,"
-      " bool tie_right, str node_activation, str leaf_activation, bool straight_through,"
-      " float slope, bool[3] output_mask) -> (Tensor x, Tensor node_weight, Tensor node_bias,"
-      " Tensor node_output, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
+      " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
+      " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
+      " bool straight_through, float slope, float min_slope, bool[3] output_mask) -> (Tensor x,"
+      " Tensor node_weight, Tensor node_bias, Tensor node_output, Tensor w1, Tensor b1,"
+      " Tensor w2, Tensor b2)",
+      tags);
+  // The same with visited rows alone: nodes [m] and leaves [r] are their ids, ascending; m or r
+  // stands for K*n or K*leaves in the shapes of the gradients.
+  m.def(
+      "tree_backward_rows(Tensor? grad_output, Tensor? grad_scores, Tensor scores, Tensor leaf,"
+      " Tensor x, Tensor node_weight, Tensor? node_bias, Tensor? node_output, Tensor? w1,"
+      " Tensor? b1, Tensor? w2, Tensor? b2, Tensor? noise, Tensor? leaf_scale,"
+      " Tensor? alternates, int trees, bool tie_right, str node_activation, str leaf_activation,"
+      " bool straight_through, float slope, float min_slope, bool[3] output_mask) -> (Tensor x,"
+      " Tensor nodes, Tensor leaves, Tensor node_weight, Tensor node_bias, Tensor node_output,"
+      " Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
       tags);
 }
 
@@ -66,6 +79,7 @@ void register_kernels(torch::Library& m) {
   m.impl("descend", TORCH_FN(fff::descend));
   m.impl("tree", TORCH_FN(fff::tree));
   m.impl("tree_backward", TORCH_FN(fff::tree_backward));
+  m.impl("tree_backward_rows", TORCH_FN(fff::tree_backward_rows));
 }
 
 }  // namespace

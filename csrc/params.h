@@ -35,6 +35,8 @@ struct TreeShape {
   FFF_HOST_DEVICE int64_t neuron_of_leaf(int64_t leaf, int64_t j) const {
     return leaf * leaf_width + j;
   }
+  // A leaf of the tree, whatever value a caller may pass.
+  FFF_HOST_DEVICE int64_t inside(int64_t leaf) const { return leaf & (leaves() - 1); }
   // Whether the path to `leaf` turns right at `level` (< decisions).
   FFF_HOST_DEVICE bool turns_right(int64_t leaf, int level) const {
     return (leaf >> (decisions - 1 - level)) & 1;
@@ -68,6 +70,12 @@ struct TreeForward {
   int64_t* leaf;       // [tokens, trees]
 };
 
+// The rows that an array has: those with the given ids, ascending; null: all of them.
+struct RowIds {
+  const int64_t* ids;
+  int64_t count;
+};
+
 struct TreeBackward {
   TreeForward forward;      // its x, weights and settings; `output` is unused
   const void* grad_output;  // [tokens, output_width]
@@ -76,10 +84,16 @@ struct TreeBackward {
   const int64_t* leaf;      // [tokens, trees]
   bool straight_through;
   double slope;
+  double min_slope;        // decisions whose slope is at most this share of its maximum have none
+  const void* alternates;  // acc [tokens, trees, levels] factors of straight-through gradients
+  // Rows of the gradients of weights, of all trees; on CUDA all of them. Ids that are given contain
+  // those of every path.
+  RowIds nodes;
+  RowIds leaves;
   // outputs, each null when not wanted; the gradients of weights come zeroed
   void* grad_x;            // [tokens, input_width] of grad_x_dtype
   DType grad_x_dtype;      // dtype, or the accumulation type where several trees add up
-  void* grad_node_weight;  // acc, shaped as the weights
+  void* grad_node_weight;  // acc, shaped as the weights but for the number of rows
   void* grad_node_bias;
   void* grad_node_output;
   void* grad_w1;

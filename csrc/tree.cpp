@@ -8,6 +8,7 @@
 
 #include "dense_forest.h"
 #include "launch.h"
+#include "visited_rows.h"
 
 namespace fff {
 namespace {
@@ -15,7 +16,7 @@ namespace {
 // The arguments of one call, checked and made contiguous.
 struct Arguments {
   at::Tensor x, node_weight;
-  OptionalTensor node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale;
+  OptionalTensor node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates;
   TreeForward params;
   at::DimVector leading;  // x's dimensions before the last
 
@@ -44,8 +45,9 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
                           const OptionalTensor& w1, const OptionalTensor& b1,
                           const OptionalTensor& w2, const OptionalTensor& b2,
                           const OptionalTensor& noise, const OptionalTensor& leaf_scale,
-                          int64_t trees, bool tie_right, Activation node_activation,
-                          Activation leaf_activation, bool routes_only) {
+                          const OptionalTensor& alternates, int64_t trees, bool tie_right,
+                          Activation node_activation, Activation leaf_activation, double min_slope,
+                          bool routes_only) {
   Arguments a;
   TreeForward& p = a.params;
   p = {};
@@ -66,6 +68,9 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   const int64_t nodes = trees * s.nodes();
   check.optional(node_bias, "node_bias", x, dtype, {nodes});
   check.optional(noise, "noise", x, acc, a.with_leading({trees, s.levels}));
+  check.optional(alternates, "alternates", x, acc, a.with_leading({trees, s.levels}));
+  TORCH_CHECK_VALUE(min_slope >= 0 && min_slope <= 1, check.op(),
+                    ": min_slope must be in [0, 1], got ", min_slope);
 
   const bool has_leaves = defined(w1);
   TORCH_CHECK(defined(w2) == has_leaves, check.op(), ": w1 and w2 must come together, got only ",
@@ -113,6 +118,7 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   a.b2 = contiguous(b2);
   a.noise = contiguous(noise);
   a.leaf_scale = contiguous(leaf_scale);
+  a.alternates = contiguous(alternates);
   p.tie_right = tie_right;
   p.node_activation = node_activation;
   p.leaf_activation = leaf_activation;
@@ -145,14 +151,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
     const at::Tensor& x, const at::Tensor& node_weight, const OptionalTensor& node_bias,
     const OptionalTensor& node_output, const OptionalTensor& w1, const OptionalTensor& b1,
     const OptionalTensor& w2, const OptionalTensor& b2, const OptionalTensor& noise,
-    const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-    std::string_view node_activation, std::string_view leaf_activation, bool /*straight_through*/,
-    double /*slope*/) {
+    const OptionalTensor& leaf_scale, const OptionalTensor& alternates, int64_t trees,
+    bool tie_right, std::string_view node_activation, std::string_view leaf_activation,
+    bool /*straight_through*/, double /*slope*/, double min_slope, bool /*row_sparse_grad*/) {
   const Check check("fff::tree");
-  Arguments a = check_arguments(check, x, node_weight, node_bias, node_output, w1, b1, w2, b2,
-                                noise, leaf_scale, trees, tie_right,
-                                check.activation(node_activation, "node_activation"),
-                                check.activation(leaf_activation, "leaf_activation"), false);
+  Arguments a = check_arguments(
+      check, x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates,
+      trees, tie_right, check.activation(node_activation, "node_activation"),
+      check.activation(leaf_activation, "leaf_activation"), min_slope, false);
   TreeForward& p = a.params;
   const at::ScalarType acc = accumulation_type(x.scalar_type());
   const at::ScalarType sum = sum_type(x, trees);
@@ -180,8 +186,8 @@ std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor
                                            bool tie_right) {
   const Check check("fff::descend");
   Arguments a =
-      check_arguments(check, x, node_weight, node_bias, {}, {}, {}, {}, {}, noise, {}, trees,
-                      tie_right, Activation::kIdentity, Activation::kIdentity, true);
+      check_arguments(check, x, node_weight, node_bias, {}, {}, {}, {}, {}, noise, {}, {}, trees,
+                      tie_right, Activation::kIdentity, Activation::kIdentity, 0, true);
   TreeForward& p = a.params;
   const at::ScalarType acc = accumulation_type(x.scalar_type());
   at::Tensor scores = at::empty(a.with_leading({trees, p.shape.levels}), x.options().dtype(acc));
@@ -194,20 +200,24 @@ std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor
   return {scores, leaf};
 }
 
-TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_scores,
-                            const at::Tensor& scores, const at::Tensor& leaf, const at::Tensor& x,
-                            const at::Tensor& node_weight, const OptionalTensor& node_bias,
-                            const OptionalTensor& node_output, const OptionalTensor& w1,
-                            const OptionalTensor& b1, const OptionalTensor& w2,
-                            const OptionalTensor& b2, const OptionalTensor& noise,
-                            const OptionalTensor& leaf_scale, int64_t trees, bool tie_right,
-                            std::string_view node_activation, std::string_view leaf_activation,
-                            bool straight_through, double slope, std::array<bool, 3> output_mask) {
-  const Check check("fff::tree_backward");
-  Arguments a = check_arguments(check, x, node_weight, node_bias, node_output, w1, b1, w2, b2,
-                                noise, leaf_scale, trees, tie_right,
-                                check.activation(node_activation, "node_activation"),
-                                check.activation(leaf_activation, "leaf_activation"), false);
+namespace {
+
+// `visited`, if given, is filled, and the gradients of weights have its rows alone.
+TreeGradients gradients(const Check& check, const OptionalTensor& grad_output,
+                        const OptionalTensor& grad_scores, const at::Tensor& scores,
+                        const at::Tensor& leaf, const at::Tensor& x, const at::Tensor& node_weight,
+                        const OptionalTensor& node_bias, const OptionalTensor& node_output,
+                        const OptionalTensor& w1, const OptionalTensor& b1,
+                        const OptionalTensor& w2, const OptionalTensor& b2,
+                        const OptionalTensor& noise, const OptionalTensor& leaf_scale,
+                        const OptionalTensor& alternates, int64_t trees, bool tie_right,
+                        std::string_view node_activation, std::string_view leaf_activation,
+                        bool straight_through, double slope, double min_slope,
+                        std::array<bool, 3> output_mask, VisitedRows* visited) {
+  Arguments a = check_arguments(
+      check, x, node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates,
+      trees, tie_right, check.activation(node_activation, "node_activation"),
+      check.activation(leaf_activation, "leaf_activation"), min_slope, false);
   const TreeShape& s = a.params.shape;
   const at::ScalarType dtype = x.scalar_type();
   const at::ScalarType acc = accumulation_type(dtype);
@@ -223,10 +233,25 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
   const OptionalTensor gs = contiguous(grad_scores);
   const at::Tensor own_scores = scores.contiguous();
   const at::Tensor own_leaf = leaf.contiguous();
+  RowIds nodes = {}, leaves = {};
+  if (visited) {
+    const auto ids = [](const std::vector<int64_t>& v) {
+      return RowIds{v.data(), static_cast<int64_t>(v.size())};
+    };
+    *visited = visited_rows(s, own_leaf.data_ptr<int64_t>());
+    nodes = ids(visited->nodes);
+    leaves = ids(visited->leaves);
+  }
   const auto absent = [&] { return at::empty({0}, x.options()); };
-  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted) {
-    return defined(weight) && wanted ? at::zeros(weight->sizes(), weight->options().dtype(acc))
-                                     : absent();
+  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted, const RowIds& rows) {
+    if (!defined(weight) || !wanted) {
+      return absent();
+    }
+    at::DimVector sizes(weight->sizes());
+    if (visited) {
+      sizes[0] = rows.count;
+    }
+    return at::zeros(sizes, weight->options().dtype(acc));
   };
   const auto pointer = [](const at::Tensor& gradient) -> void* {
     return gradient.numel() > 0 ? gradient.data_ptr() : nullptr;
@@ -240,9 +265,13 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
   p.leaf = own_leaf.data_ptr<int64_t>();
   p.straight_through = straight_through;
   p.slope = slope;
+  p.min_slope = min_slope;
+  p.alternates = data_or_null(a.alternates);
+  p.nodes = nodes;
+  p.leaves = leaves;
 
   const auto [mask_x, mask_nodes, mask_leaves] = output_mask;
-  if (suits_dense_forest(a.params, x, straight_through)) {
+  if (!visited && suits_dense_forest(a.params, x, straight_through)) {
     DenseForestGradients grads = dense_forest_backward(
         p, g.view({s.tokens, s.output_width}), a.x.view({s.tokens, s.input_width}), a.node_weight,
         *a.node_output, mask_x, mask_nodes);
@@ -258,13 +287,13 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
 
   const at::ScalarType sum = sum_type(x, trees);
   const at::Tensor grad_x = mask_x ? at::empty(a.x.sizes(), x.options().dtype(sum)) : absent();
-  const at::Tensor grad_node_weight = gradient_of(a.node_weight, mask_nodes);
-  const at::Tensor grad_node_bias = gradient_of(a.node_bias, mask_nodes);
-  const at::Tensor grad_node_output = gradient_of(a.node_output, mask_nodes);
-  const at::Tensor grad_w1 = gradient_of(a.w1, mask_leaves);
-  const at::Tensor grad_b1 = gradient_of(a.b1, mask_leaves);
-  const at::Tensor grad_w2 = gradient_of(a.w2, mask_leaves);
-  const at::Tensor grad_b2 = gradient_of(a.b2, mask_leaves);
+  const at::Tensor grad_node_weight = gradient_of(a.node_weight, mask_nodes, nodes);
+  const at::Tensor grad_node_bias = gradient_of(a.node_bias, mask_nodes, nodes);
+  const at::Tensor grad_node_output = gradient_of(a.node_output, mask_nodes, nodes);
+  const at::Tensor grad_w1 = gradient_of(a.w1, mask_leaves, leaves);
+  const at::Tensor grad_b1 = gradient_of(a.b1, mask_leaves, leaves);
+  const at::Tensor grad_w2 = gradient_of(a.w2, mask_leaves, leaves);
+  const at::Tensor grad_b2 = gradient_of(a.b2, mask_leaves, leaves);
 
   if (s.tokens > 0) {
     p.grad_x = pointer(grad_x);
@@ -282,6 +311,59 @@ TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTen
           as_type(grad_node_bias, dtype), as_type(grad_node_output, dtype),
           as_type(grad_w1, dtype),        as_type(grad_b1, dtype),
           as_type(grad_w2, dtype),        as_type(grad_b2, dtype)};
+}
+
+}  // namespace
+
+TreeGradients tree_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_scores,
+                            const at::Tensor& scores, const at::Tensor& leaf, const at::Tensor& x,
+                            const at::Tensor& node_weight, const OptionalTensor& node_bias,
+                            const OptionalTensor& node_output, const OptionalTensor& w1,
+                            const OptionalTensor& b1, const OptionalTensor& w2,
+                            const OptionalTensor& b2, const OptionalTensor& noise,
+                            const OptionalTensor& leaf_scale, const OptionalTensor& alternates,
+                            int64_t trees, bool tie_right, std::string_view node_activation,
+                            std::string_view leaf_activation, bool straight_through, double slope,
+                            double min_slope, std::array<bool, 3> output_mask) {
+  return gradients(Check("fff::tree_backward"), grad_output, grad_scores, scores, leaf, x,
+                   node_weight, node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale,
+                   alternates, trees, tie_right, node_activation, leaf_activation, straight_through,
+                   slope, min_slope, output_mask, nullptr);
+}
+
+TreeRowGradients tree_backward_rows(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_scores, const at::Tensor& scores,
+    const at::Tensor& leaf, const at::Tensor& x, const at::Tensor& node_weight,
+    const OptionalTensor& node_bias, const OptionalTensor& node_output, const OptionalTensor& w1,
+    const OptionalTensor& b1, const OptionalTensor& w2, const OptionalTensor& b2,
+    const OptionalTensor& noise, const OptionalTensor& leaf_scale, const OptionalTensor& alternates,
+    int64_t trees, bool tie_right, std::string_view node_activation,
+    std::string_view leaf_activation, bool straight_through, double slope, double min_slope,
+    std::array<bool, 3> output_mask) {
+  const Check check("fff::tree_backward_rows");
+  TORCH_CHECK(x.is_cpu(), check.op(), ": x must be on the CPU for row_sparse_grad, got ",
+              x.device());
+  VisitedRows visited;
+  auto [of_x, node_weight_rows, node_bias_rows, node_output_rows, w1_rows, b1_rows, w2_rows,
+        b2_rows] = gradients(check, grad_output, grad_scores, scores, leaf, x, node_weight,
+                             node_bias, node_output, w1, b1, w2, b2, noise, leaf_scale, alternates,
+                             trees, tie_right, node_activation, leaf_activation, straight_through,
+                             slope, min_slope, output_mask, &visited);
+  const auto as_tensor = [](const std::vector<int64_t>& ids) {
+    at::Tensor t = at::empty({static_cast<int64_t>(ids.size())}, at::kLong);
+    std::copy(ids.begin(), ids.end(), t.data_ptr<int64_t>());
+    return t;
+  };
+  return {of_x,
+          as_tensor(visited.nodes),
+          as_tensor(visited.leaves),
+          node_weight_rows,
+          node_bias_rows,
+          node_output_rows,
+          w1_rows,
+          b1_rows,
+          w2_rows,
+          b2_rows};
 }
 
 }  // namespace fff

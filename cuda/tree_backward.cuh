@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "decision.h"
 #include "token_in_tree.cuh"
 
 namespace fff::cuda {
@@ -36,10 +37,10 @@ struct GateGradients {
   }
 };
 
-// The leaf a token reached, masked so that no value a caller may pass can index outside the tree.
+// The leaf a token reached.
 FFF_DEVICE inline int64_t reached_leaf(const TreeShape& s, const int64_t* leaf, int64_t token,
                                        int64_t tree) {
-  return leaf[token * s.trees + tree] & (s.leaves() - 1);
+  return s.inside(leaf[token * s.trees + tree]);
 }
 
 // Item: a token.
@@ -101,16 +102,15 @@ struct BackwardToken {
 
     // From the leaf up, so that what the taken side of each decision contributes is at hand there.
     FFF_DEVICE void score_gradients(A taken) const {
-      const A slope = static_cast<A>(p_.slope);
       for (int level = s_.levels - 1; level >= 0; --level) {
         const int64_t i = t_.offset(s_.levels) + level;
         const A score = static_cast<const A*>(p_.scores)[i];
         A grad = p_.grad_scores ? static_cast<const A*>(p_.grad_scores)[i] : A(0);
-        if (p_.straight_through && level < s_.decisions) {
+        const bool decides = p_.straight_through && level < s_.decisions;
+        const A slope = decides ? decision_slope(p_, score, i) : A(0);
+        if (slope != A(0)) {
           const A other = other_value(level);
-          const A c = sigmoid(slope * score);
-          const A difference = s_.turns_right(leaf_, level) ? taken - other : other - taken;
-          grad += difference * slope * c * (A(1) - c);
+          grad += slope * (s_.turns_right(leaf_, level) ? taken - other : other - taken);
         }
         if (gates_.node_gate) {
           const A along = along_grad(t_.node_output(s_.node_on_path(leaf_, level)));

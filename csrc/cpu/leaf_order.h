@@ -28,10 +28,7 @@ struct LeafOrder {
 
   LeafOrder(const TreeShape& s, const int64_t* leaf_of /* [tokens, trees] */, int64_t tree)
       : tokens(s.tokens), leaf(s.tokens) {
-    // Masked, so that no value a caller may pass can index outside the tree.
-    const auto key = [&](int64_t token) {
-      return leaf_of[token * s.trees + tree] & (s.leaves() - 1);
-    };
+    const auto key = [&](int64_t token) { return s.inside(leaf_of[token * s.trees + tree]); };
     if (s.leaves() <= 4 * s.tokens) {
       std::vector<int64_t> start(s.leaves() + 1);
       for (int64_t t = 0; t < s.tokens; ++t) {

@@ -1,8 +1,8 @@
 // What the branches not taken would have contributed.
 //
 // Every decision on a token's path has an alternate: the other child, descended hard. A token
-// brings one alternate per level, and the alternates of all tokens walk the tree together, so that
-// a node's rows are read once for all who come by.
+// brings one alternate for each of its decisions that has a gradient, and the alternates of all
+// tokens walk the tree together, so that a node's rows are read once for all who come by.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -20,9 +20,11 @@ class Alternates {
   using A = acc_t<T>;
 
  public:
-  // others [tokens in leaf order, levels], zeroed: receives <grad_output, contribution of the other
-  // child> of every decision.
-  Alternates(const TreeBackward& p, int64_t tree, const LeafOrder& order, A* others)
+  // slopes [tokens in leaf order, levels]: decision_slope of every decision.
+  // others, the same shape, zeroed: receives <grad_output, contribution of the other child> where
+  // that slope is not 0.
+  Alternates(const TreeBackward& p, int64_t tree, const LeafOrder& order, const A* slopes,
+             A* others)
       : p_(p),
         s_(p.forward.shape),
         tree_index_(tree),
@@ -30,6 +32,7 @@ class Alternates {
         order_(order),
         x_(static_cast<const T*>(p.forward.x)),
         grad_output_(static_cast<const T*>(p.grad_output)),
+        slopes_(slopes),
         others_(others),
         children_(4 * s_.levels),
         pre_(s_.leaf_width * kTokenTile),
@@ -88,7 +91,9 @@ class Alternates {
     }
     for (int q = 0; q < exits; ++q) {
       for (int64_t at = bound[q]; at < bound[q + 1]; ++at) {
-        below[q ^ 1].push_back({at, level + Levels - 1});
+        if (has_slope(at, level + Levels - 1)) {
+          below[q ^ 1].push_back({at, level + Levels - 1});
+        }
       }
     }
     for (int q = 0; q < exits; ++q) {
@@ -101,13 +106,17 @@ class Alternates {
   // The alternates that tokens [begin, end) bring to a node when their paths take its sibling.
   void branch_off(int64_t position, int level, int64_t begin, int64_t end, int decision,
                   std::vector<Item>* below) {
-    for_tiles(end - begin, [&](int64_t i, int n) {
-      Item items[kTokenTile];
-      for (int j = 0; j < n; ++j) {
-        items[j] = {begin + i + j, decision};
+    Item items[kTokenTile];
+    int n = 0;
+    for (int64_t at = begin; at < end; ++at) {
+      if (has_slope(at, decision)) {
+        items[n++] = {at, decision};
       }
-      pass<1>(position, level, items, n, below);
-    });
+      if (n == kTokenTile || (n > 0 && at + 1 == end)) {
+        pass<1>(position, level, items, n, below);
+        n = 0;
+      }
+    }
   }
 
   // Takes n <= kTokenTile alternates through `Levels` levels and hands them to the lists of the
@@ -188,6 +197,10 @@ class Alternates {
     }
   }
 
+  bool has_slope(int64_t at, int decision) const {
+    return slopes_[at * s_.levels + decision] != A(0);
+  }
+
   A& other(const Item& item) { return others_[item.at * s_.levels + item.level]; }
 
   bool goes_right(A s, const Item& item, int level) const {
@@ -201,6 +214,7 @@ class Alternates {
   const LeafOrder& order_;
   const T* x_;
   const T* grad_output_;
+  const A* slopes_;
   A* others_;
   std::vector<std::vector<Item>> children_;  // [level][exit]
   std::vector<A> pre_;                       // [leaf_width, kTokenTile]
@@ -209,12 +223,13 @@ class Alternates {
 
 template <typename T>
 std::vector<acc_t<T>> alternate_contributions(const TreeBackward& p, int64_t tree,
-                                              const LeafOrder& order) {
+                                              const LeafOrder& order,
+                                              const std::vector<acc_t<T>>& slopes) {
   const TreeShape& s = p.forward.shape;
   std::vector<acc_t<T>> others(s.tokens * s.levels, acc_t<T>(0));
   constexpr int64_t chunk = 2048;
   at::parallel_for(0, (s.tokens + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
-    Alternates<T> alternates(p, tree, order, others.data());
+    Alternates<T> alternates(p, tree, order, slopes.data(), others.data());
     for (int64_t c = begin; c < end; ++c) {
       alternates.run(c * chunk, std::min((c + 1) * chunk, s.tokens));
     }

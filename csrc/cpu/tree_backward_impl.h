@@ -8,6 +8,8 @@
 
 #include <ATen/Parallel.h>
 
+#include "../decision.h"
+#include "gradient_rows.h"
 #include "straight_through.h"
 
 namespace fff::cpu {
@@ -24,6 +26,7 @@ class TreeBackwardPass {
         tree_index_(tree),
         tree_(s_, p.forward.weights, tree),
         order_(s_, p.leaf, tree),
+        rows_(p, tree, order_),
         x_(static_cast<const T*>(p.forward.x)),
         grad_output_(static_cast<const T*>(p.grad_output)),
         has_score_grad_(p.straight_through || tree_.node_output || p.grad_scores),
@@ -34,7 +37,8 @@ class TreeBackwardPass {
 
   void run() {
     if (p_.straight_through) {
-      others_ = alternate_contributions<T>(p_, tree_index_, order_);
+      decision_slopes();
+      others_ = alternate_contributions<T>(p_, tree_index_, order_, slopes_);
     }
     at::parallel_for(
         0, static_cast<int64_t>(order_.runs.size()), 4, [&](int64_t begin, int64_t end) {
@@ -76,6 +80,19 @@ class TreeBackwardPass {
           rows(s.levels + s.leaf_width),
           coefficients((s.levels + s.leaf_width) * kTokenTile) {}
   };
+
+  void decision_slopes() {
+    slopes_.resize(s_.tokens * s_.levels);
+    at::parallel_for(0, s_.tokens, 512, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t path = (order_.tokens[at] * s_.trees + tree_index_) * s_.levels;
+        const A* scores = static_cast<const A*>(p_.scores) + path;
+        for (int level = 0; level < s_.decisions; ++level) {
+          slopes_[at * s_.levels + level] = decision_slope(p_, scores[level], path + level);
+        }
+      }
+    });
+  }
 
   static A (*as_tile(std::vector<A>& v))
       [kTokenTile] { return reinterpret_cast<A(*)[kTokenTile]>(v.data()); }
@@ -140,20 +157,17 @@ class TreeBackwardPass {
     const A* scores = static_cast<const A*>(p_.scores) + offset;
     const A* grad_scores = static_cast<const A*>(p_.grad_scores);
     auto* node_dots = as_tile(tile.node_dots);
-    const A slope = static_cast<A>(p_.slope);
     A* gates = node_gate_.data() + at * s_.levels;
     if (tree_.node_output) {
       activate_all(p_.forward.node_activation, scores, s_.levels, gates, tile.slopes.data());
     }
     A taken = tile.leaf_value[t];
     for (int level = s_.levels - 1; level >= 0; --level) {
-      const A s = scores[level];
       A grad = grad_scores ? grad_scores[offset + level] : A(0);
-      if (p_.straight_through && level < s_.decisions) {
+      const A slope = p_.straight_through ? slopes_[at * s_.levels + level] : A(0);
+      if (slope != A(0)) {
         const A other = others_[at * s_.levels + level];
-        const A c = sigmoid(slope * s);
-        const A difference = s_.turns_right(tile.leaf, level) ? taken - other : other - taken;
-        grad += difference * slope * c * (A(1) - c);
+        grad += slope * (s_.turns_right(tile.leaf, level) ? taken - other : other - taken);
       }
       if (tree_.node_output) {
         grad += node_dots[level][t] * tile.slopes[level];
@@ -198,11 +212,6 @@ class TreeBackwardPass {
             s_.input_width, write_mode(grad_x, s_, s_.input_width, tree_index_));
   }
 
-  // A weight's gradient, at this tree's first row; null when it is not wanted.
-  A* grad_of(void* grad, int64_t rows_per_tree, int64_t width) const {
-    return grad ? static_cast<A*>(grad) + tree_index_ * rows_per_tree * width : nullptr;
-  }
-
   // Rows of one side (those that multiply x, or those that multiply grad_output), columns [begin,
   // end).
   void add_rows(const T* vectors, int64_t width, A* grad_nodes, const std::vector<A>& node_gates,
@@ -211,39 +220,38 @@ class TreeBackwardPass {
     const std::vector<A> ones(LeafOrder::kRunTokens, A(1));
     std::vector<A*> rows(std::max<int64_t>(s_.levels, s_.leaf_width));
     const T* xs[LeafOrder::kRunTokens];
-    for (const Run& run : order_.runs) {
+    for (size_t r = 0; r < order_.runs.size(); ++r) {
+      const Run& run = order_.runs[r];
       for (int64_t t = 0; t < run.count; ++t) {
         xs[t] = vectors + order_.tokens[run.begin + t] * width;
       }
       if (grad_nodes) {
         for (int level = 0; level < s_.levels; ++level) {
-          rows[level] = grad_nodes + s_.node_on_path(run.leaf, level) * width;
+          rows[level] = grad_nodes + rows_.nodes(r)[level] * width;
         }
         outer(rows.data(), node_gates.data() + run.begin * s_.levels, s_.levels, s_.levels, xs,
               run.count, begin, end);
       }
       if (grad_leaves) {
         for (int64_t j = 0; j < s_.leaf_width; ++j) {
-          rows[j] = grad_leaves + s_.neuron_of_leaf(run.leaf, j) * width;
+          rows[j] = grad_leaves + s_.neuron_of_leaf(rows_.leaf(r), j) * width;
         }
         outer(rows.data(), leaf_gates.data() + run.begin * s_.leaf_width, s_.leaf_width,
               s_.leaf_width, xs, run.count, begin, end);
       }
       if (grad_leaf_bias) {
-        A* row = grad_leaf_bias + run.leaf * width;
+        A* row = grad_leaf_bias + rows_.leaf(r) * width;
         outer(&row, ones.data(), 1, 1, xs, run.count, begin, end);
       }
     }
   }
 
   void weight_gradients() {
-    const int64_t leaf_rows = s_.leaves() * s_.leaf_width;
-    A* node_weight =
-        has_score_grad_ ? grad_of(p_.grad_node_weight, s_.nodes(), s_.input_width) : nullptr;
-    A* w1 = grad_of(p_.grad_w1, leaf_rows, s_.input_width);
-    A* node_output = grad_of(p_.grad_node_output, s_.nodes(), s_.output_width);
-    A* w2 = grad_of(p_.grad_w2, leaf_rows, s_.output_width);
-    A* b2 = grad_of(p_.grad_b2, s_.leaves(), s_.output_width);
+    A* node_weight = has_score_grad_ ? static_cast<A*>(p_.grad_node_weight) : nullptr;
+    A* w1 = static_cast<A*>(p_.grad_w1);
+    A* node_output = static_cast<A*>(p_.grad_node_output);
+    A* w2 = static_cast<A*>(p_.grad_w2);
+    A* b2 = static_cast<A*>(p_.grad_b2);
     const int64_t input_columns = node_weight || w1 ? s_.input_width : 0;
     const int64_t output_columns = node_output || w2 || b2 ? s_.output_width : 0;
     // Both sides' columns as one range of blocks, each a few cache lines wide.
@@ -264,15 +272,17 @@ class TreeBackwardPass {
   }
 
   void bias_gradients() {
-    A* node_bias = has_score_grad_ ? grad_of(p_.grad_node_bias, s_.nodes(), 1) : nullptr;
-    A* b1 = grad_of(p_.grad_b1, s_.leaves() * s_.leaf_width, 1);
-    for (int64_t at = 0; at < s_.tokens; ++at) {
-      const int64_t leaf = order_.leaf[at];
-      for (int level = 0; node_bias && level < s_.levels; ++level) {
-        node_bias[s_.node_on_path(leaf, level)] += grad_score_[at * s_.levels + level];
-      }
-      for (int64_t j = 0; b1 && j < s_.leaf_width; ++j) {
-        b1[s_.neuron_of_leaf(leaf, j)] += grad_hidden_[at * s_.leaf_width + j];
+    A* node_bias = has_score_grad_ ? static_cast<A*>(p_.grad_node_bias) : nullptr;
+    A* b1 = static_cast<A*>(p_.grad_b1);
+    for (size_t r = 0; r < order_.runs.size(); ++r) {
+      const Run& run = order_.runs[r];
+      for (int64_t at = run.begin; at < run.begin + run.count; ++at) {
+        for (int level = 0; node_bias && level < s_.levels; ++level) {
+          node_bias[rows_.nodes(r)[level]] += grad_score_[at * s_.levels + level];
+        }
+        for (int64_t j = 0; b1 && j < s_.leaf_width; ++j) {
+          b1[s_.neuron_of_leaf(rows_.leaf(r), j)] += grad_hidden_[at * s_.leaf_width + j];
+        }
       }
     }
   }
@@ -282,6 +292,7 @@ class TreeBackwardPass {
   const int64_t tree_index_;
   const Tree<T> tree_;
   const LeafOrder order_;
+  const GradientRows rows_;
   const T* x_;
   const T* grad_output_;
   const bool has_score_grad_;
@@ -290,6 +301,7 @@ class TreeBackwardPass {
   std::vector<A> node_gate_;    // [tokens, levels] activation(score)
   std::vector<A> grad_hidden_;  // [tokens, leaf_width] of the pre-activations
   std::vector<A> hidden_;       // [tokens, leaf_width]
+  std::vector<A> slopes_;       // [tokens, levels] decision_slope
   std::vector<A> others_;       // [tokens, levels] see Alternates
 };
 

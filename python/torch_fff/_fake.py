@@ -6,7 +6,7 @@ number of levels, is a property of the weights and is taken as a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ def _register(name: str) -> Callable[[_Fake], _Fake]:
 
     def register(fake: _Fake) -> _Fake:
         def checked(*args: Any) -> Any:
-            named = zip(arguments, args, strict=True)
+            named = zip(arguments, args, strict=False)  # defaults are left out
             first, *others = [(a.name, t) for a, t in named if isinstance(t, Tensor)]
             for argument, tensor in others:
                 if tensor.device != first[1].device:
@@ -115,16 +115,40 @@ def _tree(
     b2: Tensor | None,
     noise: Tensor | None,
     leaf_scale: Tensor | None,
+    alternates: Tensor | None,
     trees: int,
     tie_right: bool,
     node_activation: str,
     leaf_activation: str,
     straight_through: bool,
     slope: float,
+    min_slope: float = 0.0,
+    row_sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = w2 if w2 is not None else node_output
     assert rows is not None
     return x.new_empty((*x.shape[:-1], rows.shape[-1])), *_scores_and_leaf(x, node_weight, trees)
+
+
+def _gradients(
+    x: Tensor,
+    of_nodes: Iterable[Tensor | None],
+    of_leaves: Iterable[Tensor | None],
+    output_mask: list[bool],
+    rows: tuple[Any, Any] = (None, None),
+) -> tuple[Tensor, ...]:
+    """Shaped as the arguments, with ``rows`` of nodes and of leaves in place of all."""
+
+    def gradient(argument: Tensor | None, wanted: bool, rows: Any = None) -> Tensor:
+        if argument is None or not wanted:
+            return x.new_empty(0)
+        return argument.new_empty(argument.shape if rows is None else (rows, *argument.shape[1:]))
+
+    return (
+        gradient(x, output_mask[0]),
+        *(gradient(argument, output_mask[1], rows[0]) for argument in of_nodes),
+        *(gradient(argument, output_mask[2], rows[1]) for argument in of_leaves),
+    )
 
 
 @_register("tree_backward")
@@ -143,22 +167,47 @@ def _tree_backward(
     b2: Tensor | None,
     noise: Tensor | None,
     leaf_scale: Tensor | None,
+    alternates: Tensor | None,
     trees: int,
     tie_right: bool,
     node_activation: str,
     leaf_activation: str,
     straight_through: bool,
     slope: float,
+    min_slope: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    def gradient(argument: Tensor | None, wanted: bool) -> Tensor:
-        if argument is None or not wanted:
-            return x.new_empty(0)
-        return argument.new_empty(argument.shape)
+    of_nodes, of_leaves = (node_weight, node_bias, node_output), (w1, b1, w2, b2)
+    return _gradients(x, of_nodes, of_leaves, output_mask)
 
-    of_x, of_nodes, of_leaves = output_mask
-    return (
-        gradient(x, of_x),
-        *(gradient(argument, of_nodes) for argument in (node_weight, node_bias, node_output)),
-        *(gradient(argument, of_leaves) for argument in (w1, b1, w2, b2)),
-    )
+
+@_register("tree_backward_rows")
+def _tree_backward_rows(
+    grad_output: Tensor | None,
+    grad_scores: Tensor | None,
+    scores: Tensor,
+    leaf: Tensor,
+    x: Tensor,
+    node_weight: Tensor,
+    node_bias: Tensor | None,
+    node_output: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    noise: Tensor | None,
+    leaf_scale: Tensor | None,
+    alternates: Tensor | None,
+    trees: int,
+    tie_right: bool,
+    node_activation: str,
+    leaf_activation: str,
+    straight_through: bool,
+    slope: float,
+    min_slope: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    of_nodes, of_leaves = (node_weight, node_bias, node_output), (w1, b1, w2, b2)
+    nodes, leaves = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    of_x, *of_weights = _gradients(x, of_nodes, of_leaves, output_mask, (nodes, leaves))
+    return of_x, leaf.new_empty(nodes), leaf.new_empty(leaves), *of_weights

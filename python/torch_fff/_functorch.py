@@ -94,7 +94,7 @@ class _Tree(torch.autograd.Function):
     ) -> None:
         _, scores, leaf = output
         ctx.mark_non_differentiable(leaf)
-        tensors, ctx.options = inputs[:10], inputs[10:]
+        tensors, ctx.options = inputs[:11], inputs[11:-1]  # without row_sparse_grad: it is False
         ctx.save_for_backward(scores, leaf, *tensors)
 
     @staticmethod
@@ -110,7 +110,7 @@ class _Tree(torch.autograd.Function):
             output_mask,
         )
         wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return *wanted, *(None,) * 8
+        return *wanted, *(None,) * 11
 
 
 def leaf_mixture(node_logits: Tensor) -> Any:
@@ -122,4 +122,5 @@ def gated_activation(pre: Tensor, mixture: Tensor, activation: str) -> Any:
 
 
 def tree(*args: Any) -> Any:
-    return _Tree.apply(*_autocast(*args[:8]), *args[8:])
+    defaults = (0.0, False)  # of the last two, which may be left out
+    return _Tree.apply(*_autocast(*args[:8]), *args[8:17], *(args[17:] or defaults))

@@ -1,4 +1,4 @@
-"""What the layers share around the tree operators: weights, noise on decisions, rows on a path."""
+"""What the layers share around the tree operators: weights, random decisions, rows on a path."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import check_choice, check_number, reject
+from ._arguments import check_choice, check_count, check_number, reject
 
 STRAIGHT_THROUGH = "straight_through"
 
 
-def check_routing(owner: str, routing_gradient: str, slope: float, noise: float) -> None:
+def check_routing(
+    owner: str,
+    routing_gradient: str,
+    slope: float,
+    noise: float,
+    alternates: int | None,
+    min_slope: float,
+) -> None:
     check_choice(owner, "routing_gradient", routing_gradient, (STRAIGHT_THROUGH, "none"))
     check_number(owner, "slope", slope)
     if not slope > 0:
         reject(owner, "slope", "a number > 0", slope)
     check_number(owner, "noise", noise)
+    if alternates is not None:
+        check_count(owner, "alternates", alternates)
+    check_number(owner, "min_slope", min_slope, 0.0, 1.0)
 
 
 def tree_weights(layer: nn.Module, names: tuple[str, ...]) -> list[Any]:
@@ -56,6 +66,22 @@ def decision_noise(
         offset = offset.masked_fill(uniform < leak, -math.inf)
         offset = offset.masked_fill(uniform >= 1 - leak, math.inf)
     return offset
+
+
+def drawn_alternates(
+    x: Tensor, trees: int, levels: int, decisions: int, count: int | None
+) -> Tensor | None:
+    """The operator's ``alternates`` [..., K, levels], None for all.
+
+    Each token has ``count`` of its ``decisions`` in each tree drawn without replacement. They get
+    the factor decisions / count, so that the mean over draws is the whole gradient.
+    """
+    if count is None or count >= decisions:
+        return None
+    shape = (*x.shape[:-1], trees)
+    drawn = torch.rand(*shape, decisions, device=x.device).topk(count, sorted=False).indices
+    factors = torch.zeros(*shape, levels, dtype=score_dtype(x), device=x.device)
+    return factors.scatter(-1, drawn, decisions / count)
 
 
 def visited_nodes(leaf: Tensor, levels: int) -> Tensor:

@@ -15,7 +15,14 @@ from ._activation import activation_name
 from ._arguments import check_choice, check_count, check_number, reject
 from ._auxiliary import attach_loss
 from ._checkpoint import FAST_FEEDFORWARD, misfits, to_own, to_published
-from ._routing import STRAIGHT_THROUGH, check_routing, decision_noise, score_dtype, tree_weights
+from ._routing import (
+    STRAIGHT_THROUGH,
+    check_routing,
+    decision_noise,
+    drawn_alternates,
+    score_dtype,
+    tree_weights,
+)
 from ._usage import count_mixture, count_path, exporting, in_backward
 from .losses import leaf_balance_loss, node_balance_loss, node_entropies
 from .reference import ACTIVATIONS
@@ -30,6 +37,9 @@ _SHOWN_UNLESS_DEFAULT = (
     ("routing_gradient", STRAIGHT_THROUGH),
     ("slope", 1.0),
     ("noise", 0.0),
+    ("alternates", None),
+    ("min_slope", 0.0),
+    ("row_sparse_grad", False),
     ("hardening", 0.0),
     ("balance", 0.0),
     ("master_leaf_width", 0),
@@ -56,6 +66,21 @@ class FFF(nn.Module):
     contribute; with "none", as published, decisions learn nothing from the output. The decision is
     [slope * s + noise * logistic >= 0], with noise only in training. ``slope`` and ``noise`` play
     no role in soft forwards.
+
+    The branches not taken cost about depth / 2 times the path. Two settings evaluate fewer:
+    ``alternates=n`` draws, in every training forward, n of a token's decisions in each tree without
+    replacement and scales their gradient by depth / n: noisier, with the right mean. ``min_slope``
+    gives no gradient to decisions with 4 * sigmoid'(slope * s) <= min_slope: nothing is drawn, but
+    what far decisions would have learned is missing.
+
+    **Wide trees.** A step visits few rows of a tree with many nodes, and a gradient that is written
+    for all of them costs more than the pass itself. With ``row_sparse_grad=True`` the gradients of
+    node_weights, node_biases, node_outputs, w1, b1, w2 and b2 in hard forwards are sparse tensors
+    that list each visited node or leaf once, in ascending order, like those of
+    ``nn.Embedding(sparse=True)`` (coalesced; ``.grad`` loses that mark). torch.optim's SGD,
+    SparseAdam and Adagrad take them, without weight decay. They are for parameters themselves, on
+    the CPU, in eager mode: not for torch.func, for compiled training, nor for weights that autocast
+    casts. What else uses a parameter, such as the hardening loss, makes its gradient dense.
 
     **Hardening** teaches a soft tree decisions that can be rounded. Its loss is, always, the sum
     over nodes of the mean over tokens of the entropy of c, in nats. Use one of:
@@ -84,9 +109,10 @@ class FFF(nn.Module):
     (The PyPI package adds a node's local branch probability to its child's ``node_usage``, whether
     or not the node was reached.)
 
-    ``slope``, ``noise``, ``hardening`` and ``balance`` are plain attributes that a schedule may
-    change every step. Under ``torch.compile`` each new ``slope`` is a compilation of its own, so
-    change it now and then; the other three are free.
+    ``slope``, ``noise``, ``alternates``, ``min_slope``, ``hardening`` and ``balance`` are plain
+    attributes that a schedule may change every step. Under ``torch.compile`` each new ``slope``,
+    ``alternates`` or ``min_slope`` is a compilation of its own, so change them now and then; the
+    other three are free.
 
     Args:
         input_width: last dimension of the input, ``in``.
@@ -107,6 +133,11 @@ class FFF(nn.Module):
         routing_gradient: "straight_through" or "none", for hard training.
         slope: of the straight-through sigmoid.
         noise: scale of the logistic noise on decisions in hard training.
+        alternates: number of branches not taken that are evaluated per token and tree in hard
+            training; None for all.
+        min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
+        row_sparse_grad: in hard forwards, give the parameters of the trees gradients that are
+            sparse tensors of the nodes and leaves that were visited.
         hardening: weight h.
         balance: weight b.
         master_leaf_width: width m of a leaf that every token uses (arXiv 2405.16836), 0 for none:
@@ -167,6 +198,9 @@ class FFF(nn.Module):
         routing_gradient: str = STRAIGHT_THROUGH,
         slope: float = 1.0,
         noise: float = 0.0,
+        alternates: int | None = None,
+        min_slope: float = 0.0,
+        row_sparse_grad: bool = False,
         hardening: float = 0.0,
         balance: float = 0.0,
         master_leaf_width: int = 0,
@@ -191,7 +225,7 @@ class FFF(nn.Module):
         ):
             check_number("FFF", argument, number, 0.0, high)
         check_choice("FFF", "usage_mode", usage_mode, ("none", "soft", "hard"))
-        check_routing("FFF", routing_gradient, slope, noise)
+        check_routing("FFF", routing_gradient, slope, noise, alternates, min_slope)
 
         self.input_width = input_width
         self.leaf_width = leaf_width
@@ -214,6 +248,9 @@ class FFF(nn.Module):
         self.routing_gradient = routing_gradient
         self.slope = float(slope)
         self.noise = float(noise)
+        self.alternates = alternates
+        self.min_slope = float(min_slope)
+        self.row_sparse_grad = row_sparse_grad
         self.hardening = float(hardening)
         self.balance = float(balance)
         self.entropy: Tensor | None = None
@@ -303,22 +340,29 @@ class FFF(nn.Module):
 
     def _hard(self, x: Tensor) -> tuple[Tensor, None, Tensor | None]:
         """output, None for node logits, balance loss."""
-        noise = leaf_scale = None
+        straight_through = self.routing_gradient == STRAIGHT_THROUGH
+        noise = leaf_scale = alternates = None
         if self.training:
             if self.noise or self.region_leak:
                 noise = self._noise(x)
             if self.dropout:
                 leaf_scale = self._dropout_mask(x)
+            if straight_through:
+                trees, levels = self.parallel_size, self.depth
+                alternates = drawn_alternates(x, trees, levels, levels, self.alternates)
         output, scores, leaf = functional.tree(
             x,
             *tree_weights(self, _TREE_WEIGHTS),
             noise=noise,
             leaf_scale=leaf_scale,
+            alternates=alternates,
             trees=self.parallel_size,
             node_activation=self.node_activation,
             leaf_activation=self.activation,
-            straight_through=self.routing_gradient == STRAIGHT_THROUGH,
+            straight_through=straight_through,
             slope=self.slope,
+            min_slope=self.min_slope,
+            row_sparse_grad=self.row_sparse_grad,
         )
         if not self.training:
             return output, None, None

@@ -82,6 +82,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _row_sparse(op: Any) -> Any:
+    """``op``, whose backward gives sparse tensors, which eager autograd alone takes."""
+    if torch.compiler.is_dynamo_compiling():
+        reject("tree", "row_sparse_grad", "False under torch.compile", True)
+    if _transforms_active():
+        reject("tree", "row_sparse_grad", "False under a torch.func transform", True)
+    return op
+
+
 def tree(
     x: Tensor,
     node_weight: Tensor,
@@ -94,12 +103,15 @@ def tree(
     *,
     noise: Tensor | None = None,
     leaf_scale: Tensor | None = None,
+    alternates: Tensor | None = None,
     trees: int = 1,
     tie_right: bool = True,
     node_activation: str = "identity",
     leaf_activation: str = "relu",
     straight_through: bool = False,
     slope: float = 1.0,
+    min_slope: float = 0.0,
+    row_sparse_grad: bool = False,
 ) -> TreeOutput:
     """Hard trees: every token takes one path per tree, and only what it visits is computed.
 
@@ -114,18 +126,37 @@ def tree(
         noise: [..., K, levels], dtype of the scores; one value per level. Not differentiable.
         leaf_scale: [..., K, l], dtype of the scores; multiplies the hidden activations of whichever
             leaf is reached (dropout). Not differentiable.
+        alternates: [..., K, levels], dtype of the scores; a factor of the straight-through gradient
+            of the decision at each level. Where it is 0 the branch not taken is not evaluated. Not
+            differentiable.
         trees: K.
         straight_through: gives each decision the gradient of a sigmoid. A visited node gets
             ds += <grad_output, y_right - y_left> * slope * sigmoid'(slope * s), where y_right and
             y_left are what its two subtrees contribute when descended hard. Otherwise routing has
             no gradient. The output is the same.
         slope: of that sigmoid; > 0.
+        min_slope: in [0, 1]; decisions with 4 * sigmoid'(slope * s) <= min_slope, a share of the
+            sigmoid's greatest slope, get no straight-through gradient, and their branch not taken
+            is not evaluated. At 0 these are the decisions whose slope has become 0 in floating
+            point.
+        row_sparse_grad: gives the weights gradients that are coalesced sparse tensors of the rows
+            (nodes and leaves) that some token visits, as ``torch.nn.Embedding(sparse=True)`` does,
+            so that backward costs nothing for the others. Backward is an error on other devices
+            than the CPU, and the call is one under torch.func transforms, where autocast casts
+            weights, and under torch.compile with fullgraph=True; without it the calling code runs
+            in eager mode.
 
     Returns:
         output [..., out], scores [..., K, levels] and leaf [..., K]: see :class:`TreeOutput`.
     """
+    if row_sparse_grad and torch.is_grad_enabled():
+        op = _row_sparse(_tree)
+    else:
+        op = _differentiable(_tree, _functorch.tree)
+    # An argument costs a tenth of a microsecond, even if it has its default value.
+    rest = (min_slope, row_sparse_grad) if min_slope or row_sparse_grad else ()
     return TreeOutput(
-        *_differentiable(_tree, _functorch.tree)(
+        *op(
             x,
             node_weight,
             node_bias,
@@ -136,12 +167,14 @@ def tree(
             b2,
             noise,
             leaf_scale,
+            alternates,
             trees,
             tie_right,
             node_activation,
             leaf_activation,
             straight_through,
             slope,
+            *rest,
         )
     )
 

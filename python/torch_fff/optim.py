@@ -82,6 +82,9 @@ class _LocalOptimizer(torch.optim.Optimizer):
                 updated.append((usage, due))
             for p in group["params"]:
                 if p.grad is not None:
+                    if p.grad.layout != torch.strided:
+                        owner = type(self).__name__
+                        reject(owner, "params", "dense gradients", p.grad.layout)
                     self._step_parameter(p, due, scale, group)
         # Groups may share a usage tensor: it is reset when all of them have been updated.
         for usage, due in updated:

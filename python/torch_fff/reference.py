@@ -164,12 +164,14 @@ def tree(
     *,
     noise: Tensor | None = None,
     leaf_scale: Tensor | None = None,
+    alternates: Tensor | None = None,
     trees: int = 1,
     tie_right: bool = True,
     node_activation: str = "identity",
     leaf_activation: str = "relu",
     straight_through: bool = False,
     slope: float = 1.0,
+    min_slope: float = 0.0,
 ) -> TreeOutput:
     """One path per token and tree, the one that :func:`descend` takes.
 
@@ -178,14 +180,20 @@ def tree(
 
     Decisions are c = 0 or 1. With ``straight_through`` they carry the gradient of a sigmoid,
     c = c_hard + sigmoid(slope * s) - stop(sigmoid(slope * s)), which the noise does not enter;
-    without it routing has no gradient.
+    without it routing has no gradient. ``alternates`` [..., K, levels] multiplies the gradient of
+    the decision at each level. Decisions with 4 * sigmoid'(slope * s) <= ``min_slope``, a share of
+    the sigmoid's greatest slope, have none.
     """
     logits = _all_scores(x, node_weight, node_bias, trees)
     right = _decisions(logits.detach(), noise, tie_right)
     c = right.to(logits.dtype)
     if straight_through:
         soft = torch.sigmoid(slope * logits)
-        c = c + (soft - soft.detach())
+        through = soft - soft.detach()
+        if alternates is not None:
+            through = through * _of_nodes(alternates)
+        flat = 4 * soft * (1 - soft) <= min_slope
+        c = c + through.masked_fill(flat, 0)
     reach, mixture = _spread(c, 1 - c)
     hidden_scale = None if leaf_scale is None else leaf_scale.unsqueeze(-2)
     output = _sum_of_nodes(logits, reach, node_output, node_activation)
@@ -217,11 +225,16 @@ def _spread(right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(levels, -1), reached
 
 
+def _of_nodes(of_levels: Tensor) -> Tensor:
+    """The value of its level for every node, [..., levels] -> [..., n]."""
+    levels = of_levels.shape[-1]
+    return of_levels[..., [level for level in range(levels) for _ in range(2**level)]]
+
+
 def _decisions(logits: Tensor, noise: Tensor | None, tie_right: bool) -> Tensor:
     """Whether each node sends its token right, bool [..., K, n]."""
     if noise is not None:
-        level_of_node = [level for level in range(noise.shape[-1]) for _ in range(2**level)]
-        logits = logits + noise[..., level_of_node]
+        logits = logits + _of_nodes(noise)
     return logits >= 0 if tie_right else logits > 0
 
 

@@ -13,9 +13,23 @@ from . import functional
 from ._activation import activation_name
 from ._arguments import check_count
 from ._checkpoint import ULTRA_FAST_BERT, misfits, to_own, to_published
-from ._routing import STRAIGHT_THROUGH, check_routing, decision_noise, tree_weights
+from ._routing import (
+    STRAIGHT_THROUGH,
+    check_routing,
+    decision_noise,
+    drawn_alternates,
+    tree_weights,
+)
 
 _TREE_WEIGHTS = ("node_weights", "node_biases", "node_outputs")
+_SHOWN_UNLESS_DEFAULT = (
+    ("routing_gradient", "none"),
+    ("slope", 1.0),
+    ("noise", 0.0),
+    ("alternates", None),
+    ("min_slope", 0.0),
+    ("row_sparse_grad", False),
+)
 
 
 class UltraFFF(nn.Module):
@@ -30,9 +44,10 @@ class UltraFFF(nn.Module):
     (NaN: left). Paths are hard in training, too. With ``routing_gradient="none"``, as published,
     gradients flow through the activations of visited neurons only; "straight_through" adds to each
     decision on the path the gradient of sigmoid(slope * s), through what the two branches below it
-    contribute. In training the decision is [slope * s + noise * logistic > 0]. ``slope`` and
-    ``noise`` are plain attributes that a schedule may change every step; under ``torch.compile``
-    each new ``slope`` is a compilation of its own.
+    contribute. In training the decision is [slope * s + noise * logistic > 0]. ``alternates`` and
+    ``min_slope`` make that gradient cheaper, see :class:`FFF`. ``slope``, ``noise``,
+    ``alternates`` and ``min_slope`` are plain attributes that a schedule may change every step;
+    under ``torch.compile`` each new value of one but ``noise`` is a compilation of its own.
 
     Args:
         input_width: last dimension of the input, ``in``.
@@ -44,6 +59,11 @@ class UltraFFF(nn.Module):
         routing_gradient: "none" or "straight_through".
         slope: of the straight-through sigmoid.
         noise: scale of the logistic noise on decisions in training.
+        alternates: number of branches not taken that are evaluated per token and tree in training;
+            None for all.
+        min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
+        row_sparse_grad: give the parameters gradients that are sparse tensors of the visited nodes,
+            see :class:`FFF`.
         device, dtype: of the parameters.
 
     Parameters: node_weights [K * n, in], node_biases [K * n] (None without ``bias``), node_outputs
@@ -79,6 +99,9 @@ class UltraFFF(nn.Module):
         routing_gradient: str = "none",
         slope: float = 1.0,
         noise: float = 0.0,
+        alternates: int | None = None,
+        min_slope: float = 0.0,
+        row_sparse_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,7 +110,7 @@ class UltraFFF(nn.Module):
         check_count("UltraFFF", "output_width", output_width)
         check_count("UltraFFF", "depth", depth, minimum=0)
         check_count("UltraFFF", "parallel_size", parallel_size)
-        check_routing("UltraFFF", routing_gradient, slope, noise)
+        check_routing("UltraFFF", routing_gradient, slope, noise, alternates, min_slope)
 
         self.input_width = input_width
         self.output_width = output_width
@@ -98,6 +121,9 @@ class UltraFFF(nn.Module):
         self.routing_gradient = routing_gradient
         self.slope = float(slope)
         self.noise = float(noise)
+        self.alternates = alternates
+        self.min_slope = float(min_slope)
+        self.row_sparse_grad = row_sparse_grad
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -121,19 +147,26 @@ class UltraFFF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        noise = None
-        if self.training and self.noise:
+        straight_through = self.routing_gradient == STRAIGHT_THROUGH
+        noise = alternates = None
+        if self.training:
             trees, levels = self.parallel_size, self.depth + 1
-            noise = decision_noise(x, trees, levels, noise=self.noise, slope=self.slope)
+            if self.noise:
+                noise = decision_noise(x, trees, levels, noise=self.noise, slope=self.slope)
+            if straight_through:
+                alternates = drawn_alternates(x, trees, levels, self.depth, self.alternates)
         return functional.tree(
             x,
             *tree_weights(self, _TREE_WEIGHTS),
             noise=noise,
+            alternates=alternates,
             trees=self.parallel_size,
             tie_right=False,
             node_activation=self.activation,
-            straight_through=self.routing_gradient == STRAIGHT_THROUGH,
+            straight_through=straight_through,
             slope=self.slope,
+            min_slope=self.min_slope,
+            row_sparse_grad=self.row_sparse_grad,
         ).output
 
     def published_state_dict(self) -> dict[str, Tensor]:
@@ -168,7 +201,7 @@ class UltraFFF(nn.Module):
         )
         if self.node_biases is None:
             shown += ", bias=False"
-        for name, default in (("routing_gradient", "none"), ("slope", 1.0), ("noise", 0.0)):
+        for name, default in _SHOWN_UNLESS_DEFAULT:
             value = getattr(self, name)
             if value != default:
                 shown += f", {name}={value!r}"

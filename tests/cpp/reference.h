@@ -193,7 +193,12 @@ inline void tree_backward(const TreeBackward& p) {
           const double difference =
               dot(g, right.data(), s.output_width) - dot(g, left.data(), s.output_width);
           const double c = logistic(p.slope * score);
-          grad += difference * p.slope * c * (1 - c);
+          const double steepness = p.slope * c * (1 - c);
+          const int64_t i = (token * s.trees + tree) * s.levels + level;
+          const double factor = p.alternates ? doubles(p.alternates)[i] : 1;
+          if (factor != 0 && !(steepness <= p.min_slope * p.slope / 4)) {
+            grad += difference * factor * steepness;
+          }
         }
         add(grad_x.data(), grad, doubles(f.weights.node_weight) + n * s.input_width, s.input_width);
         if (p.grad_node_weight) {

@@ -14,12 +14,14 @@
 #include <optional>
 #include <ostream>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "reference.h"
 #include "tree.h"
+#include "visited_rows.h"
 
 namespace fff::test {
 
@@ -192,9 +194,11 @@ struct TreeCase {
   bool leaf_scale = false;
   bool tie_right = true;
   bool straight_through = true;
+  bool alternates = false;
   bool grad_scores = false;
   Activation activation = Activation::kRelu;  // of the leaves; the nodes get the next one
   double slope = 1.5;
+  double min_slope = 0;
 
   Activation node_activation() const {
     return static_cast<Activation>((static_cast<int>(activation) + 1) % std::size(kActivations));
@@ -204,7 +208,7 @@ struct TreeCase {
 inline std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
   os << c.levels << " levels, leaf width " << c.leaf_width << ", " << c.tokens << " tokens, "
      << c.input_width << " -> " << c.output_width << ", " << c.trees << " trees, "
-     << name_of(c.activation);
+     << name_of(c.activation) << ", min_slope " << c.min_slope;
   const std::pair<bool, const char*> flags[] = {{c.node_bias, "node_bias"},
                                                 {c.node_output, "node_output"},
                                                 {c.b1, "b1"},
@@ -213,6 +217,7 @@ inline std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
                                                 {c.leaf_scale, "leaf_scale"},
                                                 {c.tie_right, "tie_right"},
                                                 {c.straight_through, "straight_through"},
+                                                {c.alternates, "alternates"},
                                                 {c.grad_scores, "grad_scores"}};
   for (const auto& [set, name] : flags) {
     os << (set ? ", " : "") << (set ? name : "");
@@ -223,7 +228,7 @@ inline std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
 struct TreeArguments {
   at::Tensor x, node_weight;
   OptionalTensor node_bias = {}, node_output = {}, w1 = {}, b1 = {}, w2 = {}, b2 = {};
-  OptionalTensor noise = {}, leaf_scale = {};
+  OptionalTensor noise = {}, leaf_scale = {}, alternates = {};
   OptionalTensor grad_output = {}, grad_scores = {};
 
   // As the operators want them for an x of `dtype`.
@@ -242,6 +247,7 @@ struct TreeArguments {
             .b2 = cast(b2, dtype),
             .noise = cast(noise, acc),
             .leaf_scale = cast(leaf_scale, acc),
+            .alternates = cast(alternates, acc),
             .grad_output = cast(grad_output, dtype),
             .grad_scores = cast(grad_scores, acc)};
   }
@@ -257,6 +263,10 @@ inline TreeArguments make_arguments(const TreeCase& c,
   const auto make = [&](bool present, std::vector<int64_t> shape) {
     return present ? OptionalTensor((random.*draw)(shape)) : std::nullopt;
   };
+  // About half of the factors are 0.
+  const auto half_of = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(t->clamp_min(0)) : std::nullopt;
+  };
   return {.x = (random.*draw)({c.tokens, c.input_width}),
           .node_weight = (random.*draw)({nodes, c.input_width}),
           .node_bias = make(c.node_bias, {nodes}),
@@ -267,6 +277,7 @@ inline TreeArguments make_arguments(const TreeCase& c,
           .b2 = make(has_leaves && c.b2, {leaves, c.output_width}),
           .noise = make(c.noise, {c.tokens, c.trees, c.levels}),
           .leaf_scale = make(has_leaves && c.leaf_scale, {c.tokens, c.trees, c.leaf_width}),
+          .alternates = half_of(make(c.alternates, {c.tokens, c.trees, c.levels})),
           .grad_output = make(true, {c.tokens, c.output_width}),
           .grad_scores = make(c.grad_scores, {c.tokens, c.trees, c.levels})};
 }
@@ -282,8 +293,8 @@ using Gradients = std::array<at::Tensor, 8>;
 inline TreeOutputs call_tree(const TreeCase& c, const TreeArguments& a) {
   const auto [output, scores, leaf] =
       tree(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
-           a.leaf_scale, c.trees, c.tie_right, name_of(c.node_activation()), name_of(c.activation),
-           c.straight_through, c.slope);
+           a.leaf_scale, a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
+           name_of(c.activation), c.straight_through, c.slope, c.min_slope, false);
   return {output, scores, leaf};
 }
 
@@ -292,9 +303,42 @@ inline Gradients call_tree_backward(const TreeCase& c, const TreeArguments& a, c
   return std::apply(
       [](const auto&... t) { return Gradients{t...}; },
       tree_backward(a.grad_output, a.grad_scores, y.scores, y.leaf, a.x, a.node_weight, a.node_bias,
-                    a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, c.trees,
-                    c.tie_right, name_of(c.node_activation()), name_of(c.activation),
-                    c.straight_through, c.slope, mask));
+                    a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, a.alternates,
+                    c.trees, c.tie_right, name_of(c.node_activation()), name_of(c.activation),
+                    c.straight_through, c.slope, c.min_slope, mask));
+}
+
+// Of the weights visited rows alone, which are checked to be those of the paths.
+inline Gradients call_tree_backward_rows(const TreeCase& c, const TreeArguments& a,
+                                         const TreeOutputs& y) {
+  const auto [x, nodes, leaves, node_weight, node_bias, node_output, w1, b1, w2, b2] =
+      tree_backward_rows(a.grad_output, a.grad_scores, y.scores, y.leaf, a.x, a.node_weight,
+                         a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale,
+                         a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
+                         name_of(c.activation), c.straight_through, c.slope, c.min_slope,
+                         {true, true, true});
+  std::set<int64_t> visited_nodes, visited_leaves;
+  const int64_t leaf_count = int64_t(1) << (c.leaf_width > 0 ? c.levels : c.levels - 1);
+  for (int64_t i = 0; i < y.leaf.numel(); ++i) {
+    const int64_t tree = i % c.trees;
+    // Heap indices counted from 1, with the leaves as one more level: halving goes up.
+    int64_t at = leaf_count + y.leaf.const_data_ptr<int64_t>()[i];
+    if (c.leaf_width > 0) {
+      visited_leaves.insert(tree * leaf_count + at - leaf_count);
+      at /= 2;
+    }
+    for (; at > 0; at /= 2) {
+      visited_nodes.insert(tree * ((int64_t(1) << c.levels) - 1) + at - 1);
+    }
+  }
+  const auto expect_ids = [](const at::Tensor& got, const std::set<int64_t>& want) {
+    const int64_t* ids = got.const_data_ptr<int64_t>();
+    EXPECT_EQ(std::vector<int64_t>(ids, ids + got.numel()),
+              std::vector<int64_t>(want.begin(), want.end()));
+  };
+  expect_ids(nodes, visited_nodes);
+  expect_ids(leaves, visited_leaves);
+  return {x, node_weight, node_bias, node_output, w1, b1, w2, b2};
 }
 
 inline TreeForward params_of(const TreeCase& c, const TreeArguments& a) {
@@ -347,23 +391,30 @@ inline TreeOutputs run_tree(const Implementation& by, const TreeCase& c, const T
   return y;
 }
 
+// With `rows` the gradients of weights have those rows alone.
 inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
-                                   const TreeArguments& a, const TreeOutputs& y) {
+                                   const TreeArguments& a, const TreeOutputs& y,
+                                   const VisitedRows* rows = nullptr) {
   if (!by.kernels) {
-    return call_tree_backward(c, a, y);
+    return rows ? call_tree_backward_rows(c, a, y) : call_tree_backward(c, a, y);
   }
   const at::ScalarType acc = accumulation_type(a.x.scalar_type());
-  const auto zeros_like = [&](const OptionalTensor& weight) {
-    return at::zeros(weight ? weight->sizes() : at::IntArrayRef{0}, acc);
+  const auto zeros_like = [&](const OptionalTensor& weight,
+                              std::vector<int64_t> VisitedRows::* ids = nullptr) {
+    std::vector<int64_t> sizes = weight ? weight->sizes().vec() : std::vector<int64_t>{0};
+    if (rows && weight) {
+      sizes[0] = static_cast<int64_t>((rows->*ids).size());
+    }
+    return at::zeros(sizes, acc);
   };
-  const Gradients g = {at::empty(a.x.sizes(), sum_type(c, a.x)),
-                       zeros_like(a.node_weight),
-                       zeros_like(a.node_bias),
-                       zeros_like(a.node_output),
-                       zeros_like(a.w1),
-                       zeros_like(a.b1),
-                       zeros_like(a.w2),
-                       zeros_like(a.b2)};
+  const auto ids = [](const std::vector<int64_t>& v) {
+    return RowIds{v.data(), static_cast<int64_t>(v.size())};
+  };
+  const Gradients g = {
+      at::empty(a.x.sizes(), sum_type(c, a.x)),     zeros_like(a.node_weight, &VisitedRows::nodes),
+      zeros_like(a.node_bias, &VisitedRows::nodes), zeros_like(a.node_output, &VisitedRows::nodes),
+      zeros_like(a.w1, &VisitedRows::leaves),       zeros_like(a.b1, &VisitedRows::leaves),
+      zeros_like(a.w2, &VisitedRows::leaves),       zeros_like(a.b2, &VisitedRows::leaves)};
   const auto pointer = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   by.kernels->tree_backward({.forward = params_of(c, a),
                              .grad_output = data_or_null(a.grad_output),
@@ -372,6 +423,10 @@ inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
                              .leaf = y.leaf.data_ptr<int64_t>(),
                              .straight_through = c.straight_through,
                              .slope = c.slope,
+                             .min_slope = c.min_slope,
+                             .alternates = data_or_null(a.alternates),
+                             .nodes = rows ? ids(rows->nodes) : RowIds{},
+                             .leaves = rows ? ids(rows->leaves) : RowIds{},
                              .grad_x = g[0].data_ptr(),
                              .grad_x_dtype = dtype_of(g[0]),
                              .grad_node_weight = pointer(g[1]),
@@ -414,8 +469,10 @@ inline std::vector<TreeCase> tree_cases() {
                          .leaf_scale = coin(),
                          .tie_right = coin(),
                          .straight_through = coin(),
+                         .alternates = coin(),
                          .grad_scores = coin(),
-                         .activation = kActivations[random() % std::size(kActivations)]});
+                         .activation = kActivations[random() % std::size(kActivations)],
+                         .min_slope = pick(0.0, 0.6)});
       }
     }
   }
@@ -433,6 +490,12 @@ inline std::vector<TreeCase> tree_cases() {
   cases.push_back({.levels = 4, .leaf_width = 9, .tokens = 300, .input_width = 33});
   cases.push_back({.levels = 7, .leaf_width = 1, .tokens = 300, .node_output = true});
   cases.push_back({.levels = 9, .leaf_width = 0, .tokens = 2100, .tie_right = false});
+  cases.push_back({.levels = 9,
+                   .leaf_width = 0,
+                   .tokens = 2100,
+                   .tie_right = false,
+                   .alternates = true,
+                   .min_slope = 0.6});
   cases.push_back({.levels = 8,
                    .leaf_width = 2,
                    .tokens = 4200,

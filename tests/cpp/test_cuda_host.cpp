@@ -125,10 +125,11 @@ struct TreeCase {
   int64_t input_width = 5;
   int64_t output_width = 6;
   int64_t tokens = 17;
-  bool options = true;  // biases, noise, leaf_scale and grad_scores
+  bool options = true;  // biases, noise, leaf_scale, alternates and grad_scores
   bool tie_right = true;
   Activation activation = Activation::kGelu;
   bool straight_through = true;
+  double min_slope = 0;
   bool only_nodes = false;  // the gradients that are wanted
 };
 
@@ -137,7 +138,8 @@ std::ostream& operator<<(std::ostream& os, const TreeCase& c) {
             << c.node_output << " trees " << c.trees << " widths " << c.input_width << ", "
             << c.output_width << " tokens " << c.tokens << " options " << c.options << " tie_right "
             << c.tie_right << " activation " << static_cast<int>(c.activation)
-            << " straight_through " << c.straight_through << " only_nodes " << c.only_nodes;
+            << " straight_through " << c.straight_through << " min_slope " << c.min_slope
+            << " only_nodes " << c.only_nodes;
 }
 
 // Neuron trees, leaf networks, and both; plain, and with all that is optional.
@@ -170,6 +172,7 @@ std::vector<TreeCase> tree_cases() {
       {.levels = 2, .leaf_width = 1, .node_output = true, .input_width = 1, .output_width = 1},
       {.levels = 2, .leaf_width = 1, .node_output = false, .input_width = 0},
       {.levels = 3, .leaf_width = 2, .node_output = true, .only_nodes = true},
+      {.levels = 4, .leaf_width = 2, .node_output = false, .min_slope = 0.6},
   };
 }
 
@@ -178,7 +181,7 @@ template <typename T>
 struct TreeProblem {
   using A = acc_t<T>;
   std::vector<T> node_weight, node_bias, node_output, w1, b1, w2, b2, x, grad_output;
-  std::vector<A> noise, leaf_scale, grad_scores;
+  std::vector<A> noise, leaf_scale, alternates, grad_scores;
   TreeForward forward = {};
 
   explicit TreeProblem(const TreeCase& c) : case_(c) {
@@ -204,6 +207,7 @@ struct TreeProblem {
     x = random_values<T>(s.tokens * s.input_width);
     noise = random_values<A>(s.tokens * s.trees * s.levels, c.options);
     leaf_scale = random_values<A>(s.tokens * s.trees * s.leaf_width, c.options);
+    alternates = random_values<A>(s.tokens * s.trees * s.levels, c.options);
     grad_output = random_values<T>(s.tokens * s.output_width);
     grad_scores = random_values<A>(s.tokens * s.trees * s.levels, c.options);
     forward.dtype = kDType<T>;
@@ -276,6 +280,8 @@ struct TreeProblem {
     p.leaf = routes.leaf.data();
     p.straight_through = case_.straight_through;
     p.slope = 1.5;
+    p.min_slope = case_.min_slope;
+    p.alternates = data_or_null(alternates);
     p.grad_x = s.trees == 1 ? static_cast<void*>(data_or_null(g.narrow_x)) : data_or_null(g.wide_x);
     p.grad_x_dtype = forward.output_dtype;
     p.grad_node_weight = data_or_null(g.node_weight);

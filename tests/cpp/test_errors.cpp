@@ -26,6 +26,7 @@ struct Call {
                 .node_output = true,
                 .noise = true,
                 .leaf_scale = true,
+                .alternates = true,
                 .grad_scores = true};
   TreeArguments a = make_arguments(c).to(at::kFloat);
   std::string node_activation = "gelu", leaf_activation = "relu";
@@ -33,12 +34,14 @@ struct Call {
 
   void forward() const {
     tree(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
-         a.leaf_scale, c.trees, true, node_activation, leaf_activation, true, 1);
+         a.leaf_scale, a.alternates, c.trees, true, node_activation, leaf_activation, true, 1,
+         c.min_slope, false);
   }
   void backward() const {
     tree_backward(a.grad_output, a.grad_scores, y.scores, y.leaf, a.x, a.node_weight, a.node_bias,
-                  a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, c.trees, true,
-                  node_activation, leaf_activation, true, 1, {true, true, true});
+                  a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise, a.leaf_scale, a.alternates,
+                  c.trees, true, node_activation, leaf_activation, true, 1, c.min_slope,
+                  {true, true, true});
   }
 };
 
@@ -87,6 +90,12 @@ TEST(Errors, TreeAndItsGradientNameTheMistake) {
        {": noise must be Float", "got Double"}},
       {[](Call& m) { m.a.leaf_scale = f32({5, 2}); },
        {": leaf_scale must have shape [5, 1, 2]", "got [5, 2]"}},
+      {[](Call& m) { m.a.alternates = f32({5, 2, 1}); },
+       {": alternates must have shape [5, 1, 2]", "got [5, 2, 1]"}},
+      {[](Call& m) { m.a.alternates = m.a.alternates->to(at::kHalf); },
+       {": alternates must be Float", "got Half"}},
+      {[](Call& m) { m.c.min_slope = -0.5; }, {": min_slope must be in [0, 1]", "got -0.5"}},
+      {[](Call& m) { m.c.min_slope = NAN; }, {": min_slope must be in [0, 1]", "got nan"}},
       {[](Call& m) { m.node_activation = "tanh"; },
        {": node_activation must be one of 'identity'", "got 'tanh'"}},
       {[](Call& m) { m.leaf_activation = "GELU"; },
@@ -136,6 +145,16 @@ TEST(Errors, TreeBackwardNamesItsOwnArguments) {
     parts.push_back("fff::tree_backward:");
     expect_error([&] { call.backward(); }, parts);
   }
+}
+
+TEST(Errors, RowSparseGradientsAreForTheCPU) {
+  const at::Tensor x = meta({5, 3}), scores = meta({5, 1, 2});
+  expect_error(
+      [&] {
+        tree_backward_rows({}, {}, scores, scores, x, x, {}, {}, {}, {}, {}, {}, {}, {}, {}, 1,
+                           true, "relu", "relu", true, 1, 0, {true, true, true});
+      },
+      {"fff::tree_backward_rows: x must be on the CPU for row_sparse_grad", "got meta"});
 }
 
 TEST(Errors, DescendNamesTheMistake) {

@@ -37,6 +37,31 @@ TEST_P(TreeBackwardTest, MatchesReference) {
   }
 }
 
+// To the bit: the same sums in the same order.
+TEST_P(TreeBackwardTest, VisitedRowsAreAllThatDenseGradientsHold) {
+  for (const TreeCase& c : tree_cases()) {
+    SCOPED_TRACE(c);
+    const TreeArguments a = make_arguments(c).to(at::kFloat);
+    const TreeOutputs y = run_tree(GetParam(), c, a);
+    const VisitedRows visited =
+        visited_rows(params_of(c, a).shape, y.leaf.const_data_ptr<int64_t>());
+    const Gradients dense = run_tree_backward(GetParam(), c, a, y);
+    const Gradients rows = run_tree_backward(GetParam(), c, a, y, &visited);
+    EXPECT_TRUE(rows[0].equal(dense[0])) << "x";
+    for (size_t i = 1; i < rows.size(); ++i) {
+      const std::vector<int64_t>& ids = i < 4 ? visited.nodes : visited.leaves;
+      at::Tensor all = at::zeros(dense[i].sizes(), dense[i].options());
+      if (dense[i].numel() > 0) {
+        ASSERT_EQ(rows[i].size(0), static_cast<int64_t>(ids.size())) << kGradientNames[i];
+      }
+      for (int64_t row = 0; dense[i].numel() > 0 && row < rows[i].size(0); ++row) {
+        all.select(0, ids[row]).copy_(rows[i].select(0, row));
+      }
+      EXPECT_TRUE(all.equal(dense[i])) << kGradientNames[i];
+    }
+  }
+}
+
 TEST_P(TreeBackwardTest, OneLeafTakesAll) {
   for (const TreeCase& c :
        {TreeCase{.levels = 3, .tokens = 300, .trees = 3},
@@ -196,13 +221,13 @@ TEST(TreeBackward, TakesZeroTokensAndZeroWidths) {
 
 // --- through the dispatcher ----------------------------------------------------------------------
 
-TreeOutputs dispatch_tree(const TreeCase& c, const TreeArguments& a) {
+TreeOutputs dispatch_tree(const TreeCase& c, const TreeArguments& a, bool row_sparse_grad = false) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("fff::tree", "").typed<decltype(tree)>();
   const auto [output, scores, leaf] =
       op.call(a.x, a.node_weight, a.node_bias, a.node_output, a.w1, a.b1, a.w2, a.b2, a.noise,
-              a.leaf_scale, c.trees, c.tie_right, name_of(c.node_activation()),
-              name_of(c.activation), c.straight_through, c.slope);
+              a.leaf_scale, a.alternates, c.trees, c.tie_right, name_of(c.node_activation()),
+              name_of(c.activation), c.straight_through, c.slope, c.min_slope, row_sparse_grad);
   return {output, scores, leaf};
 }
 
@@ -220,6 +245,7 @@ Gradients inputs_of(const TreeArguments& a) {
 
 std::vector<TreeCase> autograd_cases() {
   return {{.node_output = true, .noise = true, .leaf_scale = true, .grad_scores = true},
+          {.alternates = true, .grad_scores = true, .min_slope = 0.6},
           {.node_bias = false, .b1 = false, .b2 = false, .grad_scores = true},
           {.leaf_width = 0, .trees = 3, .straight_through = false, .grad_scores = true}};
 }
@@ -254,6 +280,32 @@ TEST(TreeAutograd, DifferentiatesEveryInputTogetherAndAlone) {
       }
     }
     expect_gradients_of(present);
+  }
+}
+
+TEST(TreeAutograd, RowSparseGradientsAreCoalescedAndEqualTheDenseOnes) {
+  for (const TreeCase& c : autograd_cases()) {
+    SCOPED_TRACE(c);
+    const TreeArguments a = make_arguments(c);
+    std::vector<at::Tensor> variables;
+    for (const at::Tensor& t : inputs_of(a)) {
+      if (t.defined()) {
+        variables.push_back(t);
+        variables.back().requires_grad_(true);
+      }
+    }
+    const auto gradients = [&](bool row_sparse_grad) {
+      const TreeOutputs y = dispatch_tree(c, a, row_sparse_grad);
+      return torch::autograd::grad({y.output, y.scores}, variables,
+                                   {*a.grad_output, *a.grad_scores});
+    };
+    const auto dense = gradients(false), sparse = gradients(true);
+    EXPECT_TRUE(sparse[0].equal(dense[0]));
+    for (size_t i = 1; i < dense.size(); ++i) {
+      EXPECT_TRUE(sparse[i].is_sparse() && sparse[i].is_coalesced());
+      EXPECT_EQ(sparse[i].sparse_dim(), 1);
+      EXPECT_TRUE(sparse[i].to_dense().equal(dense[i]));
+    }
   }
 }
 

@@ -25,7 +25,7 @@ class TreeCase:
 
     def arguments(self):
         """Positional arguments of torch.ops.fff.tree."""
-        names = (*DIFFERENTIABLE, "noise", "leaf_scale")
+        names = (*DIFFERENTIABLE, "noise", "leaf_scale", "alternates")
         defaults = {
             "trees": 1,
             "tie_right": True,
@@ -33,9 +33,15 @@ class TreeCase:
             "leaf_activation": "relu",
             "straight_through": False,
             "slope": 1.0,
+            "min_slope": 0.0,
+            "row_sparse_grad": False,
         }
         options = defaults | self.options
         return (*map(self.tensors.get, names), *(options[name] for name in defaults))
+
+    def backward_arguments(self):
+        """Those of them that tree_backward has as well."""
+        return self.arguments()[:-1]
 
     def run(self, function):
         return function(**self.tensors, **self.options)
@@ -83,13 +89,15 @@ def make_case(
     b2=True,
     noise=False,
     leaf_scale=False,
+    alternates=False,
     contiguous=True,
     bias_shift=0.0,
     **options,
 ):
     """A random tree and tokens. ``leaf_width=None`` makes a tree of neurons.
 
-    No token lies within the dtype's margin of a decision boundary or of a ReLU's kink.
+    No token lies within the dtype's margin of a decision boundary, of the slope ``min_slope`` or of
+    a ReLU's kink.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -114,6 +122,9 @@ def make_case(
     if leaf_scale:
         keep = torch.rand(*tokens, trees, leaf_width, device=device) < 0.7
         tensors["leaf_scale"] = keep.to(exact) / 0.7
+    if alternates:
+        drawn = torch.rand(*tokens, trees, levels, device=device) < 0.4
+        tensors["alternates"] = drawn.to(exact) / 0.4
     case = TreeCase(tensors, {"trees": trees, **options})
 
     x = tensors["x"] = random(*tokens, width)
@@ -126,10 +137,14 @@ def make_case(
 
 
 def _distance_to_kinks(case):
-    """Smallest |score|, |score + noise| and |pre-activation| of each token, in all trees."""
+    """Smallest |score|, |score + noise|, |share of the greatest slope - min_slope| and
+    |pre-activation| of each token, in all trees."""
     double = {name: t.double() for name, t in case.tensors.items()}
     scores = double["x"] @ double["node_weight"].T + double.get("node_bias", 0.0)
     values = [scores.new_full((*scores.shape[:-1], 1), torch.inf), scores]
+    if case.options.get("min_slope"):
+        right = torch.sigmoid(case.options.get("slope", 1.0) * scores)
+        values.append(4 * right * (1 - right) - case.options["min_slope"])
     if "noise" in double:
         trees, levels = double["noise"].shape[-2:]
         heap = scores.unflatten(-1, (trees, 2**levels - 1))

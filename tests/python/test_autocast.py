@@ -10,7 +10,7 @@ from torch_fff import functional, reference
 DTYPES = [torch.bfloat16, torch.float16]
 TREES = [
     {},
-    {"trees": 2, "noise": True, "leaf_scale": True, "straight_through": True},
+    {"trees": 2, "noise": True, "leaf_scale": True, "straight_through": True, "alternates": True},
     {"leaf_width": None, "node_activation": "gelu"},
 ]
 

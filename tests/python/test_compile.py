@@ -113,11 +113,12 @@ def test_inductor(training):
 def test_randomness_in_training_compiles():
     torch.manual_seed(0)
     options = {"noise": 0.5, "dropout": 0.25, "region_leak": 0.1, "usage_mode": "hard"}
+    options |= {"alternates": 1, "min_slope": 0.1}
     for hard in (False, True):
         model = FFF(16, 4, 16, 3, train_hardened=hard, **options)
         compiled(model)(torch.randn(9, 16)).sum().backward()
         assert model.leaf_usage.sum() == 9
-    ultra = UltraFFF(16, 16, 2, noise=0.5, routing_gradient="straight_through")
+    ultra = UltraFFF(16, 16, 2, noise=0.5, alternates=1, routing_gradient="straight_through")
     compiled(ultra)(torch.randn(9, 16)).sum().backward()
     assert ultra.node_weights.grad.abs().sum() > 0
 

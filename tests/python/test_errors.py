@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import make_case
+from cases import DIFFERENTIABLE, make_case
 from torch_fff import functional
 
 
@@ -70,6 +70,12 @@ TREE_ERRORS = {
     "noise levels": (changed("noise", lambda t: t[..., 1:]), ["noise", "[7, 3, 3]", "[7, 3, 2]"]),
     "noise tokens": (changed("noise", lambda t: t[1:]), ["noise", "[7, 3, 3]", "[6, 3, 3]"]),
     "leaf_scale": (changed("leaf_scale", half), ["leaf_scale", "[7, 3, 4]", "[7, 3, 2]"]),
+    "alternates": (changed("alternates", half), ["alternates", "[7, 3, 3]", "[7, 3, 1]"]),
+    "dtype of alternates": (
+        changed("alternates", torch.Tensor.float),
+        ["alternates", "Double", "Float"],
+    ),
+    "min_slope": (changed("min_slope", lambda _: 1.5), ["min_slope", "[0, 1]", "1.5"]),
     "node_activation": (
         changed("node_activation", lambda _: "tanh"),
         ["node_activation", "'relu'", "tanh"],
@@ -89,12 +95,12 @@ OF_DESCEND = [
 OF_SOFT_TREE = [
     name
     for name in TREE_ERRORS
-    if name not in ("dtype of noise", "noise levels", "noise tokens", "leaf_scale")
+    if not any(word in name for word in ("noise", "leaf_scale", "alternates", "min_slope"))
 ]
 
 
 def bad_case(name):
-    case = make_case(trees=3, node_output=True, noise=True, leaf_scale=True)
+    case = make_case(trees=3, node_output=True, noise=True, leaf_scale=True, alternates=True)
     change, expected = TREE_ERRORS[name]
     return change(case), expected
 
@@ -129,7 +135,7 @@ def test_descend(name):
 @pytest.mark.parametrize("name", OF_SOFT_TREE)
 def test_soft_tree(name):
     case, expected = bad_case(name)
-    tensors = {k: t for k, t in case.tensors.items() if k not in ("noise", "leaf_scale")}
+    tensors = {k: t for k, t in case.tensors.items() if k in DIFFERENTIABLE}
     in_python = {
         "Double": "torch.float64",
         "BFloat16": "torch.bfloat16",
@@ -214,20 +220,22 @@ def test_gated_activation(pre, mixture, activation, expected):
 def test_tree_backward(position, change, expected):
     case = make_case()
     output, scores, leaf = torch.ops.fff.tree(*case.arguments())
-    arguments = [output, scores, scores, leaf, *case.arguments(), [True] * 3]
+    arguments = [output, scores, scores, leaf, *case.backward_arguments(), [True] * 3]
     arguments[position] = change(arguments[position])
     check_error(lambda: torch.ops.fff.tree_backward(*arguments), "fff::tree_backward", expected)
 
 
 @pytest.mark.parametrize("wild", [8, -1, 2**40 + 3])
-def test_leaf_outside_of_tree(wild):
+@pytest.mark.parametrize("name", ["tree_backward", "tree_backward_rows"])
+def test_leaf_outside_of_tree(name, wild):
     """Whatever leaf a caller passes, nothing outside the tree is read or written."""
     case = make_case()
+    op = getattr(torch.ops.fff, name)
     output, scores, leaf = torch.ops.fff.tree(*case.arguments())
 
     def gradients(index):
-        arguments = (output, None, scores, torch.full_like(leaf, index), *case.arguments())
-        return torch.ops.fff.tree_backward(*arguments, [True] * 3)
+        routes = (scores, torch.full_like(leaf, index))
+        return op(output, None, *routes, *case.backward_arguments(), [True] * 3)
 
     for actual, expected in zip(gradients(wild), gradients(wild % 8), strict=True):
         assert torch.equal(actual, expected)

@@ -54,6 +54,8 @@ def all_gradients(layer, loss):
         ("routing_gradient", "soft", "'straight_through', 'none'"),
         ("slope", 0.0, "a number > 0"),
         ("noise", math.nan, "a number in [0, inf]"),
+        ("alternates", 1.5, "an integer >= 1"),
+        ("min_slope", -0.1, "a number in [0, 1]"),
         ("hardening", -1.0, "a number in [0, inf]"),
         ("balance", "much", "a number in [0, inf]"),
         ("master_leaf_width", -1, "an integer >= 0"),

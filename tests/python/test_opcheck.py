@@ -13,6 +13,7 @@ TREES = [
     {"levels": 0, "node_bias": False, "b1": False, "b2": False, "leaf_activation": "silu"},
     {"leaf_width": None, "trees": 2, "tie_right": False, "slope": 2.0},
     {"leaf_width": None, "levels": 1, "contiguous": False, "tokens": ()},
+    {"straight_through": True, "alternates": True, "min_slope": 0.5},
 ]
 
 
@@ -61,7 +62,7 @@ def test_descend(device, dtype, options):
     arguments = case.arguments()
     x, node_weight, node_bias, noise = (arguments[i] for i in (0, 1, 2, 8))
     torch.library.opcheck(
-        OPS.descend.default, (x, node_weight, node_bias, noise, *arguments[10:12])
+        OPS.descend.default, (x, node_weight, node_bias, noise, *arguments[11:13])
     )
 
 
@@ -72,12 +73,21 @@ def test_tree(device, dtype, options):
     torch.library.opcheck(OPS.tree.default, case.requires_grad().arguments())
 
 
+@pytest.mark.parametrize("options", TREES, ids=str)
+def test_tree_backward_rows(options):
+    case = make_case(dtype=torch.bfloat16, **options)
+    output, scores, leaf = OPS.tree(*case.arguments())
+    g, g_scores = torch.randn_like(output), torch.randn_like(scores)
+    arguments = (g, g_scores, scores, leaf, *case.backward_arguments(), (True, True, True))
+    torch.library.opcheck(OPS.tree_backward_rows.default, arguments)
+
+
 @pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, True, False)])
 @pytest.mark.parametrize("options", TREES, ids=str)
 def test_tree_backward(device, options, mask):
     case = make_case(dtype=torch.float32, device=device, **options)
     output, scores, leaf = OPS.tree(*case.arguments())
-    arguments = (scores, leaf, *case.arguments(), mask)
+    arguments = (scores, leaf, *case.backward_arguments(), mask)
     for grads in [
         (torch.randn_like(output), torch.randn_like(scores)),
         (torch.randn_like(output), None),

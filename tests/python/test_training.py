@@ -51,6 +51,7 @@ def test_checkpointing(hard, use_reentrant):
         "dropout": 0.25,
         "region_leak": 0.1,
         "noise": 0.5,
+        "alternates": 2,
         "hardening": 0.3,
         "balance": 0.1,
         "usage_mode": "hard",

@@ -12,7 +12,9 @@ from torch_fff import functional, reference
 
 FFF = {"trees": 2, "tokens": (4,), "straight_through": True, "leaf_activation": "gelu"}
 NEURONS = {**FFF, "leaf_width": None, "node_activation": "gelu"}
-TREES = [FFF, NEURONS, {**FFF, "node_output": True, "noise": True, "leaf_scale": True}]
+BOTH = {**FFF, "node_output": True, "noise": True, "leaf_scale": True, "alternates": True}
+TREES = [FFF, NEURONS, BOTH]
+TOKENWISE = {"x", "noise", "leaf_scale", "alternates"}
 
 
 def looped(function, batch, tensors, batched):
@@ -40,9 +42,9 @@ def test_vmap_of_tree(options, side, through):
     case = make_case(**options)
     every = set(case.tensors)
     batched = {
-        "tokens": {"x", "noise", "leaf_scale"} & every,
-        "noise": {"noise", "leaf_scale"} & every or {"x"},
-        "weights": every - {"x", "noise", "leaf_scale"},
+        "tokens": TOKENWISE & every,
+        "noise": (TOKENWISE - {"x"}) & every or {"x"},
+        "weights": every - TOKENWISE,
         "everything": every,
         "bias": {"node_bias"},
     }[side]
@@ -122,7 +124,7 @@ def test_per_sample_gradients_of_tree(options):
     """vmap over grad: every token has weight gradients of its own."""
     case = make_case(**options)
     weights = {k: t for k, t in case.inputs.items() if k != "x"}
-    tokens = {k: t for k, t in case.tensors.items() if k in ("x", "noise", "leaf_scale")}
+    tokens = {k: t for k, t in case.tensors.items() if k in TOKENWISE}
 
     def loss(function):
         return lambda w, t: function(**w, **t, **case.options).output.square().sum()

@@ -30,6 +30,8 @@ FFF = [
     {"noise": True},
     {"leaf_scale": True},
     {"contiguous": False, "noise": True, "leaf_scale": True, "tokens": (2, 3)},
+    {"contiguous": False, "alternates": True, "tokens": (2, 30)},
+    {"min_slope": 0.5, "tokens": (64,), "levels": 5},
     {"tie_right": False},
     {"bias_shift": 10.0, "tokens": (64,)},
     {"bias_shift": -10.0, "tokens": (64,), "trees": 2},
@@ -48,6 +50,7 @@ NEURONS = [
     *({"width": width, "out": width} for width in [1, 3, 33, 784]),
     {"node_bias": False, "trees": 3, "tie_right": False},
     {"noise": True, "contiguous": False, "trees": 3},
+    {"alternates": True, "min_slope": 0.3, "levels": 6, "tokens": (300,), "trees": 2},
     {"bias_shift": 10.0, "tokens": (64,)},
     # Shallow forests, large enough for dense products; the last two are beyond their border.
     {"levels": 1, "trees": 300, "tokens": (2, 10), "width": 400},
@@ -75,6 +78,8 @@ def mixed(count):
             "node_output": draw.random() < 0.4,
             **{name: draw.random() < 0.6 for name in ("node_bias", "b1", "b2", "noise")},
             "leaf_scale": leaf_width is not None and draw.random() < 0.4,
+            "alternates": draw.random() < 0.4,
+            "min_slope": draw.choice([0.0, 0.5]),
             "contiguous": draw.random() < 0.7,
             "tie_right": draw.random() < 0.5,
             "node_activation": draw.choice(list(ACTIVATIONS)),
@@ -204,14 +209,15 @@ def test_output_mask():
     _, scores, leaf = torch.ops.fff.tree(*arguments)
     g = torch.ones(7, 8, dtype=torch.float64)
     backward = torch.ops.fff.tree_backward
-    every = backward(g, None, scores, leaf, *arguments, [True, True, True])
+    routes = (scores, leaf, *case.backward_arguments())
+    every = backward(g, None, *routes, [True, True, True])
     assert [t.numel() > 0 for t in every] == [t is not None for t in arguments[:8]]
     for mask, kept in [
         ([True, False, False], {0}),
         ([False, True, False], {1, 2, 3}),
         ([False, False, True], {4, 5, 6, 7}),
     ]:
-        for i, gradient in enumerate(backward(g, None, scores, leaf, *arguments, mask)):
+        for i, gradient in enumerate(backward(g, None, *routes, mask)):
             assert torch.equal(gradient, every[i] if i in kept else g.new_empty(0))
 
 

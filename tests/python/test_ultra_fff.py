@@ -41,6 +41,8 @@ def expected_output(layer, x, **options):
         ("routing_gradient", True, "'straight_through', 'none'"),
         ("slope", -1.0, "a number"),
         ("noise", -0.5, "a number in [0, inf]"),
+        ("alternates", 0, "an integer >= 1"),
+        ("min_slope", 2.0, "a number in [0, 1]"),
     ],
 )
 def test_wrong_argument(argument, value, expected):
@@ -82,10 +84,11 @@ def test_initial_weights_fill_their_published_range():
 
 def test_repr_shows_what_is_not_default():
     assert repr(UltraFFF(4, 2, 5)) == "UltraFFF(4, 2, 5, parallel_size=1, activation='gelu')"
-    layer = UltraFFF(4, 2, 5, 3, "silu", bias=False, routing_gradient="straight_through")
+    options = {"routing_gradient": "straight_through", "alternates": 2}
+    layer = UltraFFF(4, 2, 5, 3, "silu", bias=False, **options)
     assert repr(layer) == (
         "UltraFFF(4, 2, 5, parallel_size=3, activation='silu', bias=False, "
-        "routing_gradient='straight_through')"
+        "routing_gradient='straight_through', alternates=2)"
     )
 
 
