@@ -4,8 +4,6 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <bit>
-
 #include "launch.h"
 
 namespace fff {
@@ -25,19 +23,6 @@ struct Arguments {
   }
 };
 
-int levels_of(const Check& check, const at::Tensor& node_weight, int64_t trees) {
-  TORCH_CHECK(trees >= 1, check.op(), ": trees must be at least 1, got ", trees);
-  TORCH_CHECK(node_weight.dim() == 2, check.op(),
-              ": node_weight must have shape [trees * nodes, input_width], got ",
-              node_weight.sizes());
-  const int64_t rows = node_weight.size(0);
-  const int64_t nodes = rows / trees;
-  TORCH_CHECK(
-      rows % trees == 0 && std::has_single_bit(static_cast<uint64_t>(nodes) + 1), check.op(),
-      ": node_weight must have trees * (2^levels - 1) rows with trees = ", trees, ", got ", rows);
-  return std::countr_zero(static_cast<uint64_t>(nodes) + 1);
-}
-
 Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Tensor& node_weight,
                           const OptionalTensor& node_bias, const OptionalTensor& node_output,
                           const OptionalTensor& w1, const OptionalTensor& b1,
@@ -55,7 +40,7 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   check.same(node_weight, "node_weight", x, dtype);
 
   TreeShape& s = p.shape;
-  s.levels = levels_of(check, node_weight, trees);
+  s.levels = check.levels(node_weight, trees);
   s.trees = trees;
   s.input_width = x.size(-1);
   a.leading = at::DimVector(x.sizes().begin(), x.sizes().end() - 1);
