@@ -116,7 +116,7 @@ at::ScalarType sum_type(const at::Tensor& x, int64_t trees) {
 
 // A conversion that costs nothing, not even the call of an operator, where there is nothing to do.
 at::Tensor as_type(at::Tensor t, at::ScalarType type) {
-  return t.scalar_type() == type ? t : t.to(type);
+  return t.scalar_type() == type ? std::move(t) : t.to(type);
 }
 
 DType as_dtype(at::ScalarType type, DType own) {
@@ -150,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
     p.leaf = leaf.data_ptr<int64_t>();
     launch(check.op(), x, p, &cpu::Kernels::tree_forward, FFF_CUDA_KERNEL(tree_forward));
   }
-  return {as_type(output, x.scalar_type()), scores, leaf};
+  return {as_type(std::move(output), x.scalar_type()), std::move(scores), std::move(leaf)};
 }
 
 std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor& node_weight,
