@@ -1,6 +1,7 @@
 #include "modules.h"
 
 #include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/nn/init.h>
 #include <torch/types.h>
 
 #include <cmath>
@@ -35,7 +36,7 @@ void check_depth(const char* owner, int64_t depth) {
 void draw_uniform(const at::Tensor& weight, int64_t fan_in) {
   if (weight.defined()) {
     const double bound = 1 / std::sqrt(static_cast<double>(fan_in));
-    weight.uniform_(-bound, bound);
+    torch::nn::init::uniform_(weight, -bound, bound);
   }
 }
 
@@ -74,7 +75,6 @@ void FFFImpl::reset() {
 }
 
 void FFFImpl::reset_parameters() {
-  const at::NoGradGuard no_grad;
   const int64_t hidden = options.parallel_size * options.leaf_width;
   for (const at::Tensor& weight : {node_weights, node_biases, w1, b1}) {
     draw_uniform(weight, options.input_width);
@@ -137,7 +137,6 @@ void UltraFFFImpl::reset() {
 }
 
 void UltraFFFImpl::reset_parameters() {
-  const at::NoGradGuard no_grad;
   draw_uniform(node_weights, options.input_width);
   draw_uniform(node_biases, options.input_width);
   draw_uniform(node_outputs, options.parallel_size * (options.depth + 1));
