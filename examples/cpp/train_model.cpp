@@ -20,12 +20,11 @@ constexpr int64_t kWidth = 64;
 // Names and sizes are those of the Python model: so its state dict fits.
 struct Model : torch::nn::Module {
   torch::nn::LayerNorm norm{torch::nn::LayerNormOptions({kWidth})};
-  torch_fff::FFF fff{torch_fff::FFFOptions{
-      .input_width = kWidth,
-      .leaf_width = 8,
-      .output_width = kWidth,
-      .depth = 4,
-      .train_hardened = true}};
+  torch_fff::FFF fff{torch_fff::FFFOptions{.input_width = kWidth,
+                                           .leaf_width = 8,
+                                           .output_width = kWidth,
+                                           .depth = 4,
+                                           .train_hardened = true}};
   torch_fff::UltraFFF ultra{torch_fff::UltraFFFOptions{
       .input_width = kWidth, .output_width = kWidth, .depth = 5, .parallel_size = 2}};
 
