@@ -30,6 +30,7 @@ build: $(VENV)/installed
 	$(CMAKE) -B $(BUILD) $(CMAKE_ARGS)
 	$(CMAKE) --build $(BUILD)
 	$(CMAKE) --install $(BUILD) --prefix python/torch_fff
+	$(CMAKE) --install $(BUILD) --prefix python/torch_fff --component python
 
 test-cpp: build
 	$(CMAKE) -B $(BUILD) -DFFF_BUILD_TESTS=ON
@@ -45,7 +46,7 @@ test-sanitized: $(VENV)/installed
 test-python: build
 	$(BIN)/python -m pytest
 
-CXX_FILES = $(shell find csrc cuda tests/cpp -regex '.*\.\(h\|cpp\|cu\|cuh\)')
+CXX_FILES = $(shell find csrc cuda examples tests/cpp -regex '.*\.\(h\|cpp\|cu\|cuh\)')
 
 lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
@@ -59,7 +60,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format
 
 clean:
-	rm -rf build python/torch_fff/*.so
+	rm -rf build $(addprefix python/torch_fff/,*.so include lib share)
 
 # --- set-up ---------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Builds the native code by calling CMake; everything else is declared in pyproject.toml.
 
-CMakeLists.txt installs two files into the package directory: `libtorch_fff.so`, which setuptools
-knows nothing of, and the extension module `_C`, which stands for both here. Environment:
+CMakeLists.txt installs into the package directory what setuptools knows nothing of, `lib/`,
+`include/` and `share/`, and the extension module `_C`, which stands for all of it here.
+Environment:
 
     CMAKE_ARGS                  more arguments for CMake's configuration, split as a shell would
     CMAKE_BUILD_PARALLEL_LEVEL  compilers to run at once (default: one for each core)
@@ -45,11 +46,12 @@ class CMakeBuild(build_ext):
         cmake("-S", ROOT, "-B", build, "-G", "Ninja", *options)
         cmake("--build", build)
         cmake("--install", build, "--prefix", package)
+        cmake("--install", build, "--prefix", package, "--component", "python")
 
 
 def native_sources() -> list[str]:
     """What a source distribution must carry for CMake."""
-    folders = ["csrc", "cuda", "tests/cpp"]
+    folders = ["cmake", "csrc", "cuda", "tests/cpp"]
     files = (file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file())
     return ["CMakeLists.txt", *sorted(str(file.relative_to(ROOT)) for file in files)]
 

@@ -2,6 +2,8 @@
 
 #include <c10/util/StringUtil.h>
 
+#include <bit>
+
 namespace fff {
 
 DType Check::dtype(const at::Tensor& t, const char* argument) const {
@@ -60,6 +62,19 @@ void Check::optional(const OptionalTensor& t, const char* argument, const at::Te
     same(*t, argument, like, dtype);
     shape(*t, argument, expected);
   }
+}
+
+int Check::levels(const at::Tensor& node_weight, int64_t trees) const {
+  TORCH_CHECK(trees >= 1, op_, ": trees must be at least 1, got ", trees);
+  TORCH_CHECK(node_weight.dim() == 2, op_,
+              ": node_weight must have shape [trees * nodes, input_width], got ",
+              node_weight.sizes());
+  const int64_t rows = node_weight.size(0);
+  const uint64_t leaves = static_cast<uint64_t>(rows / trees) + 1;
+  TORCH_CHECK(rows % trees == 0 && std::has_single_bit(leaves), op_,
+              ": node_weight must have trees * (2^levels - 1) rows with trees = ", trees, ", got ",
+              rows);
+  return std::countr_zero(leaves);
 }
 
 }  // namespace fff

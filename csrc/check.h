@@ -46,6 +46,8 @@ class Check {
   // `t`, if present, matches device, dtype and shape.
   void optional(const OptionalTensor& t, const char* argument, const at::Tensor& like,
                 at::ScalarType dtype, at::IntArrayRef expected) const;
+  // Levels of `trees` trees in heap order that share node_weight [trees * (2^levels - 1), in].
+  int levels(const at::Tensor& node_weight, int64_t trees) const;
   const char* op() const { return op_; }
 
  private:

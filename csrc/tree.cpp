@@ -4,8 +4,6 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <bit>
-
 #include "dense_forest.h"
 #include "launch.h"
 #include "visited_rows.h"
@@ -27,19 +25,6 @@ struct Arguments {
   }
 };
 
-int levels_of(const Check& check, const at::Tensor& node_weight, int64_t trees) {
-  TORCH_CHECK(trees >= 1, check.op(), ": trees must be at least 1, got ", trees);
-  TORCH_CHECK(node_weight.dim() == 2, check.op(),
-              ": node_weight must have shape [trees * nodes, input_width], got ",
-              node_weight.sizes());
-  const int64_t rows = node_weight.size(0);
-  const int64_t nodes = rows / trees;
-  TORCH_CHECK(
-      rows % trees == 0 && std::has_single_bit(static_cast<uint64_t>(nodes) + 1), check.op(),
-      ": node_weight must have trees * (2^levels - 1) rows with trees = ", trees, ", got ", rows);
-  return std::countr_zero(static_cast<uint64_t>(nodes) + 1);
-}
-
 Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Tensor& node_weight,
                           const OptionalTensor& node_bias, const OptionalTensor& node_output,
                           const OptionalTensor& w1, const OptionalTensor& b1,
@@ -58,7 +43,7 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   check.same(node_weight, "node_weight", x, dtype);
 
   TreeShape& s = p.shape;
-  s.levels = levels_of(check, node_weight, trees);
+  s.levels = check.levels(node_weight, trees);
   s.trees = trees;
   s.input_width = x.size(-1);
   a.leading = at::DimVector(x.sizes().begin(), x.sizes().end() - 1);
@@ -138,7 +123,7 @@ at::ScalarType sum_type(const at::Tensor& x, int64_t trees) {
 
 // A conversion that costs nothing, not even the call of an operator, where there is nothing to do.
 at::Tensor as_type(at::Tensor t, at::ScalarType type) {
-  return t.scalar_type() == type ? t : t.to(type);
+  return t.scalar_type() == type ? std::move(t) : t.to(type);
 }
 
 DType as_dtype(at::ScalarType type, DType own) {
@@ -177,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree(
     p.output_dtype = as_dtype(sum, p.dtype);
     launch(check.op(), x, p, &cpu::Kernels::tree_forward, FFF_CUDA_KERNEL(tree_forward));
   }
-  return {as_type(output, x.scalar_type()), scores, leaf};
+  return {as_type(std::move(output), x.scalar_type()), std::move(scores), std::move(leaf)};
 }
 
 std::tuple<at::Tensor, at::Tensor> descend(const at::Tensor& x, const at::Tensor& node_weight,

@@ -1,6 +1,6 @@
 """Fast feedforward networks for PyTorch: layers that cost O(depth) instead of O(width)."""
 
-from ._library import load
+from ._library import cmake_prefix_path, load
 
 load()  # the modules below use the operators
 
@@ -11,4 +11,4 @@ from .ultra_fff import UltraFFF  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["FFF", "UltraFFF", "functional", "hardening_loss", "optim"]
+__all__ = ["FFF", "UltraFFF", "cmake_prefix_path", "functional", "hardening_loss", "optim"]

@@ -5,16 +5,19 @@ from pathlib import Path
 
 import torch
 
+cmake_prefix_path = str(Path(__file__).parent)
+"""For CMAKE_PREFIX_PATH, where CMake's ``find_package(torch_fff)`` looks for the C++ interface."""
+
 _BUILD = "build it with `pip install --no-build-isolation .` in torch-fff's source directory"
 
 
 def load() -> None:
-    """Register torch.ops.fff from the libtorch_fff.so beside this file.
+    """Register torch.ops.fff from this package's lib/libtorch_fff.so.
 
     Raises:
         ImportError: the op library is missing, was built for another torch, or does not load.
     """
-    library = Path(__file__).with_name("libtorch_fff.so")
+    library = Path(cmake_prefix_path, "lib", "libtorch_fff.so")
     # _C is free of torch: it can be asked about the op library before that one is touched, whose
     # own failure under another torch would be an undefined symbol or worse.
     try:

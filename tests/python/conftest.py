@@ -1,5 +1,9 @@
 """Fixtures shared by the tests."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,3 +22,13 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Folder with what examples/cpp/export_model.py writes."""
+    folder = tmp_path_factory.mktemp("exported")
+    script = Path(__file__).parents[2] / "examples" / "cpp" / "export_model.py"
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
