@@ -3,7 +3,7 @@
 // Shapes (K trees of n = 2^levels - 1 nodes in heap order and 2^levels leaves):
 //   x [..., in]  node_weight [K*n, in]  node_bias [K*n]  node_output [K*n, out]
 //   w1 [K*leaves, l, in]  b1 [K*leaves, l]  w2 [K*leaves, l, out]  b2 [K*leaves, out]
-//   noise, scores [..., K, levels]  leaf_scale [..., K, l]  leaf [..., K]
+//   mixture [..., K, leaves]  noise, scores [..., K, levels]  leaf_scale [..., K, l]  leaf [..., K]
 // A tree has node outputs, leaf networks below its nodes, or both. scores, noise and leaf_scale are
 // float32 (float64 for float64 x).
 
@@ -11,6 +11,7 @@
 
 #include "gated_activation.h"
 #include "leaf_mixture.h"
+#include "sparse_leaves.h"
 #include "tree.h"
 
 TORCH_LIBRARY(fff, m) {
@@ -24,6 +25,15 @@ TORCH_LIBRARY(fff, m) {
   m.def(
       "gated_activation_backward(Tensor grad_output, Tensor pre, Tensor mixture, str activation)"
       " -> (Tensor grad_pre, Tensor grad_mixture)",
+      tags);
+  m.def(
+      "sparse_leaves(Tensor x, Tensor mixture, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2,"
+      " float prune, str activation) -> Tensor",
+      tags);
+  m.def(
+      "sparse_leaves_backward(Tensor grad_output, Tensor x, Tensor mixture, Tensor w1, Tensor? b1,"
+      " Tensor w2, Tensor? b2, float prune, str activation, bool[2] output_mask) -> (Tensor x,"
+      " Tensor mixture, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
       tags);
 
   // Hard tree.
@@ -54,6 +64,8 @@ void register_kernels(torch::Library& m) {
   m.impl("leaf_mixture_backward", TORCH_FN(fff::leaf_mixture_backward));
   m.impl("gated_activation", TORCH_FN(fff::gated_activation));
   m.impl("gated_activation_backward", TORCH_FN(fff::gated_activation_backward));
+  m.impl("sparse_leaves", TORCH_FN(fff::sparse_leaves));
+  m.impl("sparse_leaves_backward", TORCH_FN(fff::sparse_leaves_backward));
   m.impl("descend", TORCH_FN(fff::descend));
   m.impl("tree", TORCH_FN(fff::tree));
   m.impl("tree_backward", TORCH_FN(fff::tree_backward));

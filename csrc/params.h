@@ -116,4 +116,39 @@ struct GatedActivation {
   void* grad_mixture;       // [tokens, leaves]
 };
 
+// Consecutive pairs of a token and a leaf that all have the same leaf.
+struct LeafRun {
+  int64_t leaf;
+  int64_t begin;
+  int64_t count;
+
+  static constexpr int64_t kMostPairs = 64;
+};
+
+// The leaf networks of soft trees, for some pairs of a token and a leaf only. Leaves are numbered
+// over all trees.
+struct SparseLeaves {
+  TreeShape shape;  // without its levels
+  DType dtype;
+  Activation activation;
+  TreeWeights weights;    // without those of the nodes
+  const void* x;          // [tokens, input_width]
+  const void* mixture;    // [tokens, trees, leaves]
+  int64_t leaves;         // of all trees
+  const int64_t* tokens;  // [pairs] the token of each, in the order of runs
+  const LeafRun* runs;    // [run_count]
+  int64_t run_count;
+  int64_t pair_count;
+  // forward
+  void* output;  // acc [tokens, output_width]; comes zeroed
+  // backward, each null when not wanted; they come zeroed
+  const void* grad_output;  // [tokens, output_width]
+  void* grad_x;             // acc [tokens, input_width]
+  void* grad_mixture;       // [tokens, trees, leaves]
+  void* grad_w1;            // acc, shaped as the weights
+  void* grad_b1;
+  void* grad_w2;
+  void* grad_b2;
+};
+
 }  // namespace fff

@@ -12,6 +12,8 @@ struct Kernels {
   void (*leaf_mixture_backward)(const LeafMixture&);
   void (*gated_activation)(const GatedActivation&);
   void (*gated_activation_backward)(const GatedActivation&);
+  void (*sparse_leaves)(const SparseLeaves&);
+  void (*sparse_leaves_backward)(const SparseLeaves&);
 };
 
 // The table for this process: the best the machine has, or what ATEN_CPU_CAPABILITY asks for.

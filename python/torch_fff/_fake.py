@@ -48,6 +48,13 @@ def _scores_and_leaf(x: Tensor, node_weight: Tensor, trees: int) -> tuple[Tensor
     return scores, x.new_empty((*x.shape[:-1], trees), dtype=torch.int64)
 
 
+def _gradient(argument: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
+    """Empty where there is none."""
+    if argument is None or not wanted:
+        return like.new_empty(0)
+    return argument.new_empty(argument.shape)
+
+
 @_register("leaf_mixture")
 def _leaf_mixture(node_logits: Tensor) -> Tensor:
     *tokens, nodes = node_logits.shape
@@ -69,6 +76,41 @@ def _gated_activation_backward(
     grad_output: Tensor, pre: Tensor, mixture: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     return pre.new_empty(pre.shape), mixture.new_empty(mixture.shape)
+
+
+@_register("sparse_leaves")
+def _sparse_leaves(
+    x: Tensor,
+    mixture: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    prune: float,
+    activation: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w2.shape[-1]))
+
+
+@_register("sparse_leaves_backward")
+def _sparse_leaves_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mixture: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    prune: float,
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    of_x, of_leaves = output_mask
+    return (
+        _gradient(x, of_x, x),
+        mixture.new_empty(mixture.shape),
+        *(_gradient(argument, of_leaves, x) for argument in (w1, b1, w2, b2)),
+    )
 
 
 @_register("descend")
@@ -131,14 +173,9 @@ def _tree_backward(
     slope: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    def gradient(argument: Tensor | None, wanted: bool) -> Tensor:
-        if argument is None or not wanted:
-            return x.new_empty(0)
-        return argument.new_empty(argument.shape)
-
     of_x, of_nodes, of_leaves = output_mask
     return (
-        gradient(x, of_x),
-        *(gradient(argument, of_nodes) for argument in (node_weight, node_bias, node_output)),
-        *(gradient(argument, of_leaves) for argument in (w1, b1, w2, b2)),
+        _gradient(x, of_x, x),
+        *(_gradient(argument, of_nodes, x) for argument in (node_weight, node_bias, node_output)),
+        *(_gradient(argument, of_leaves, x) for argument in (w1, b1, w2, b2)),
     )

@@ -81,6 +81,32 @@ class _GatedActivation(torch.autograd.Function):
         return *grads, None
 
 
+class _SparseLeaves(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _ops.sparse_leaves.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors, ctx.options = inputs[:6], inputs[6:]
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:6]
+        grads = _Backward.apply(
+            _ops.sparse_leaves_backward.default,
+            grad_output,
+            *ctx.saved_tensors,
+            *ctx.options,
+            (needed[0], any(needed[2:])),
+        )
+        wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        return *wanted, None, None
+
+
 class _Tree(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -119,6 +145,10 @@ def leaf_mixture(node_logits: Tensor) -> Any:
 
 def gated_activation(pre: Tensor, mixture: Tensor, activation: str) -> Any:
     return _GatedActivation.apply(*_autocast(pre, mixture), activation)
+
+
+def sparse_leaves(*args: Any) -> Any:
+    return _SparseLeaves.apply(*_autocast(*args[:6]), *args[6:])
 
 
 def tree(*args: Any) -> Any:

@@ -30,6 +30,7 @@ _SHOWN_UNLESS_DEFAULT = (
     ("routing_gradient", STRAIGHT_THROUGH),
     ("slope", 1.0),
     ("noise", 0.0),
+    ("prune", 0.0),
     ("hardening", 0.0),
     ("balance", 0.0),
     ("master_leaf_width", 0),
@@ -56,6 +57,13 @@ class FFF(nn.Module):
     contribute; with "none", as published, decisions learn nothing from the output. The decision is
     [slope * s + noise * logistic >= 0], with noise only in training. ``slope`` and ``noise`` play
     no role in soft forwards.
+
+    **Pruning** makes soft training cheaper the harder its decisions are: with ``prune=eps`` a
+    token skips the leaves whose weight in its mixture is below eps, in the output and in the
+    gradients; the heaviest leaf of each tree is never skipped. What is missing from the output is
+    less than eps times the sum of the skipped leaves' |leaf(x)|. Nodes, losses and usage see the
+    whole mixture. On the CPU skipped leaves cost nothing; on a GPU, and with ``dropout``, all are
+    computed, with the same result. It plays no role in hard forwards.
 
     **Hardening** teaches a soft tree decisions that can be rounded. Its loss is, always, the sum
     over nodes of the mean over tokens of the entropy of c, in nats. Use one of:
@@ -84,9 +92,9 @@ class FFF(nn.Module):
     (The PyPI package adds a node's local branch probability to its child's ``node_usage``, whether
     or not the node was reached.)
 
-    ``slope``, ``noise``, ``hardening`` and ``balance`` are plain attributes that a schedule may
-    change every step. Under ``torch.compile`` each new ``slope`` is a compilation of its own, so
-    change it now and then; the other three are free.
+    ``slope``, ``noise``, ``prune``, ``hardening`` and ``balance`` are plain attributes that a
+    schedule may change every step. Under ``torch.compile`` each new ``slope`` or ``prune`` is a
+    compilation of its own, so change them now and then; the other three are free.
 
     Args:
         input_width: last dimension of the input, ``in``.
@@ -107,6 +115,8 @@ class FFF(nn.Module):
         routing_gradient: "straight_through" or "none", for hard training.
         slope: of the straight-through sigmoid.
         noise: scale of the logistic noise on decisions in hard training.
+        prune: threshold eps in [0, 1] on the leaves' weights in soft forwards; 0 computes all
+            leaves.
         hardening: weight h.
         balance: weight b.
         master_leaf_width: width m of a leaf that every token uses (arXiv 2405.16836), 0 for none:
@@ -167,6 +177,7 @@ class FFF(nn.Module):
         routing_gradient: str = STRAIGHT_THROUGH,
         slope: float = 1.0,
         noise: float = 0.0,
+        prune: float = 0.0,
         hardening: float = 0.0,
         balance: float = 0.0,
         master_leaf_width: int = 0,
@@ -186,6 +197,7 @@ class FFF(nn.Module):
         for argument, number, high in (
             ("dropout", dropout, 1.0),
             ("region_leak", region_leak, 0.5 if train_hardened else 1.0),
+            ("prune", prune, 1.0),
             ("hardening", hardening, math.inf),
             ("balance", balance, math.inf),
         ):
@@ -214,6 +226,7 @@ class FFF(nn.Module):
         self.routing_gradient = routing_gradient
         self.slope = float(slope)
         self.noise = float(noise)
+        self.prune = float(prune)
         self.hardening = float(hardening)
         self.balance = float(balance)
         self.entropy: Tensor | None = None
@@ -339,6 +352,7 @@ class FFF(nn.Module):
             *tree_weights(self, _TREE_WEIGHTS),
             leak=leak,
             dropout=self.dropout if training else 0.0,
+            prune=self.prune,
             trees=self.parallel_size,
             node_activation=self.node_activation,
             leaf_activation=self.activation,
