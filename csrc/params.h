@@ -141,10 +141,10 @@ struct SparseLeaves {
   int64_t pair_count;
   // forward
   void* output;  // acc [tokens, output_width]; comes zeroed
-  // backward, each null when not wanted; they come zeroed
+  // backward; gradients are null when not wanted
   const void* grad_output;  // [tokens, output_width]
-  void* grad_x;             // acc [tokens, input_width]
-  void* grad_mixture;       // [tokens, trees, leaves]
+  void* grad_x;             // acc [tokens, input_width]; comes zeroed
+  void* grad_mixture;       // [tokens, trees, leaves]; comes zeroed
   void* grad_w1;            // acc, shaped as the weights
   void* grad_b1;
   void* grad_w2;

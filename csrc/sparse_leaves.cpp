@@ -107,21 +107,21 @@ SparseLeavesGradients sparse_leaves_backward(const at::Tensor& grad_output, cons
   const at::Tensor g = grad_output.contiguous().view({p.shape.tokens, p.shape.output_width});
   const LeafPairs pairs = kept_pairs(a.mixture, prune);
   set_pairs(p, pairs);
-  const auto zeros = [&](const OptionalTensor& input, bool wanted) {
-    return defined(input) && wanted
-               ? at::zeros(input->sizes(), input->options().dtype(accumulation_type(dtype)))
-               : at::empty({0}, x.options());
+  const auto options = x.options().dtype(accumulation_type(dtype));
+  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted) {
+    return defined(weight) && wanted ? at::empty(weight->sizes(), options)
+                                     : at::empty({0}, options);
   };
   const auto pointer = [](const at::Tensor& gradient) -> void* {
     return gradient.numel() > 0 ? gradient.data_ptr() : nullptr;
   };
   const auto [of_x, of_leaves] = output_mask;
-  const at::Tensor grad_x = zeros(x, of_x);
+  const at::Tensor grad_x = of_x ? at::zeros(x.sizes(), options) : at::empty({0}, options);
   const at::Tensor grad_mixture = at::zeros(mixture.sizes(), mixture.options());
-  const at::Tensor grad_w1 = zeros(w1, of_leaves);
-  const at::Tensor grad_b1 = zeros(b1, of_leaves);
-  const at::Tensor grad_w2 = zeros(w2, of_leaves);
-  const at::Tensor grad_b2 = zeros(b2, of_leaves);
+  const at::Tensor grad_w1 = gradient_of(w1, of_leaves);
+  const at::Tensor grad_b1 = gradient_of(b1, of_leaves);
+  const at::Tensor grad_w2 = gradient_of(w2, of_leaves);
+  const at::Tensor grad_b2 = gradient_of(b2, of_leaves);
   p.grad_output = g.data_ptr();
   p.grad_x = pointer(grad_x);
   p.grad_mixture = grad_mixture.data_ptr();

@@ -63,16 +63,16 @@ class SparseLeavesPass {
             add_to_tokens(s_.leaf_width, tree_.w1, nullptr, p_.grad_x, s_.input_width, begin, end);
           }
           if (p_.grad_w1) {
-            add_to_leaves(by_pair_, s_.leaf_width, x_, p_.grad_w1, nullptr, s_.input_width, begin,
+            sum_to_leaves(by_pair_, s_.leaf_width, x_, p_.grad_w1, nullptr, s_.input_width, begin,
                           end);
           }
         },
         [&](int64_t begin, int64_t end) {
-          add_to_leaves(hidden_, hidden_width_, grad_output_, p_.grad_w2, p_.grad_b2,
+          sum_to_leaves(hidden_, hidden_width_, grad_output_, p_.grad_w2, p_.grad_b2,
                         s_.output_width, begin, end);
         });
     if (p_.grad_b1) {
-      input_bias_gradients();
+      sum_to_input_biases();
     }
   }
 
@@ -182,33 +182,54 @@ class SparseLeavesPass {
     }
   }
 
-  // Gradients of the leaves' rows += coefficients * vectors[token], in columns [begin, end)
-  void add_to_leaves(const std::vector<A>& coefficients, int64_t gates, const T* vectors,
+  // Gradients of the leaves' rows = sums of coefficients * vectors[token], in columns [begin, end)
+  void sum_to_leaves(const std::vector<A>& coefficients, int64_t gates, const T* vectors,
                      void* grad_weight, void* grad_bias, int64_t width, int64_t begin,
                      int64_t end) const {
     std::vector<A*> rows(gates);
+    const auto find_rows = [&](int64_t leaf) {
+      for (int64_t j = 0; j < s_.leaf_width; ++j) {
+        rows[j] = static_cast<A*>(grad_weight) + s_.neuron_of_leaf(leaf, j) * width;
+      }
+      if (grad_bias) {
+        rows[s_.leaf_width] = static_cast<A*>(grad_bias) + leaf * width;
+      }
+    };
+    const auto clear_rows = [&] {
+      for (A* row : rows) {
+        std::fill(row + begin, row + end, A(0));
+      }
+    };
+    // Rows are cleared right before they are first added to, while they are in the cache.
+    std::vector<bool> cleared(p_.leaves);
     const T* xs[LeafRun::kMostPairs];
     for (const LeafRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
       for (int64_t t = 0; t < run->count; ++t) {
         xs[t] = vectors + p_.tokens[run->begin + t] * width;
       }
-      for (int64_t j = 0; j < s_.leaf_width; ++j) {
-        rows[j] = static_cast<A*>(grad_weight) + s_.neuron_of_leaf(run->leaf, j) * width;
-      }
-      if (grad_bias) {
-        rows[s_.leaf_width] = static_cast<A*>(grad_bias) + run->leaf * width;
+      find_rows(run->leaf);
+      if (!cleared[run->leaf]) {
+        clear_rows();
+        cleared[run->leaf] = true;
       }
       outer(rows.data(), coefficients.data() + run->begin * gates, gates, gates, xs, run->count,
             begin, end);
     }
+    for (int64_t leaf = 0; leaf < p_.leaves; ++leaf) {
+      if (!cleared[leaf]) {
+        find_rows(leaf);
+        clear_rows();
+      }
+    }
   }
 
-  void input_bias_gradients() const {
+  void sum_to_input_biases() const {
+    A* sums = static_cast<A*>(p_.grad_b1);
+    std::fill_n(sums, p_.leaves * s_.leaf_width, A(0));
     for (const LeafRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
-      A* sums = static_cast<A*>(p_.grad_b1) + s_.neuron_of_leaf(run->leaf, 0);
       const A* grads = by_pair_.data() + run->begin * s_.leaf_width;
       for (int64_t i = 0; i < run->count * s_.leaf_width; ++i) {
-        sums[i % s_.leaf_width] += grads[i];
+        sums[s_.neuron_of_leaf(run->leaf, i % s_.leaf_width)] += grads[i];
       }
     }
   }
@@ -222,7 +243,7 @@ class SparseLeavesPass {
   const int64_t hidden_width_;  // neurons of a leaf, the bias included
   std::vector<A> hidden_;       // [pairs, hidden_width]: activation times the leaf's weight
   std::vector<A> by_pair_;      // [pairs, leaf_width]: gradients of the pre-activations
-  // For each run [neurons, pairs of the run]: what is said, in backward those gradients.
+  // For each run [neurons, pairs of the run]: the activations, in backward those gradients.
   std::vector<A> by_neuron_;
 };
 

@@ -81,6 +81,9 @@ LeavesResult run_leaves(const Implementation& by, const LeavesCase& c, const Lea
       at::zeros({c.tokens, c.output_width}, acc),
       {zeros_like(a.x, acc), zeros_like(a.mixture, a.x.scalar_type()), zeros_like(a.w1, acc),
        zeros_like(a.b1, acc), zeros_like(a.w2, acc), zeros_like(a.b2, acc)}};
+  for (size_t weight = 2; weight < result.gradients.size(); ++weight) {
+    result.gradients[weight].fill_(by.name == the_reference().name ? 0 : NAN);
+  }
   const auto pointer = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   const LeafPairs pairs = kept_pairs(a.mixture, kPrune);
   SparseLeaves p = {};
