@@ -206,6 +206,7 @@ TORCH_LIBRARY_IMPL(fff, Autograd, m) {
   m.impl("leaf_mixture_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gated_activation_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("sparse_leaves_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("sparse_linear_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("tree_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("descend", torch::autograd::autogradNotImplementedFallback());
 }

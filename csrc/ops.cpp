@@ -12,6 +12,7 @@
 #include "gated_activation.h"
 #include "leaf_mixture.h"
 #include "sparse_leaves.h"
+#include "sparse_linear.h"
 #include "tree.h"
 
 TORCH_LIBRARY(fff, m) {
@@ -34,6 +35,10 @@ TORCH_LIBRARY(fff, m) {
       "sparse_leaves_backward(Tensor grad_output, Tensor x, Tensor mixture, Tensor w1, Tensor? b1,"
       " Tensor w2, Tensor? b2, float prune, str activation, bool[2] output_mask) -> (Tensor x,"
       " Tensor mixture, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
+      tags);
+  m.def(
+      "sparse_linear_backward(Tensor grad_output, Tensor x, Tensor weight, bool[2] output_mask)"
+      " -> (Tensor x, Tensor weight)",
       tags);
 
   // Hard tree.
@@ -66,6 +71,7 @@ void register_kernels(torch::Library& m) {
   m.impl("gated_activation_backward", TORCH_FN(fff::gated_activation_backward));
   m.impl("sparse_leaves", TORCH_FN(fff::sparse_leaves));
   m.impl("sparse_leaves_backward", TORCH_FN(fff::sparse_leaves_backward));
+  m.impl("sparse_linear_backward", TORCH_FN(fff::sparse_linear_backward));
   m.impl("descend", TORCH_FN(fff::descend));
   m.impl("tree", TORCH_FN(fff::tree));
   m.impl("tree_backward", TORCH_FN(fff::tree_backward));

@@ -116,9 +116,9 @@ struct GatedActivation {
   void* grad_mixture;       // [tokens, leaves]
 };
 
-// Consecutive pairs of a token and a leaf that all have the same leaf.
-struct LeafRun {
-  int64_t leaf;
+// Consecutive pairs of a token and a row of weights (a leaf, a node) that all have the same row.
+struct RowRun {
+  int64_t row;
   int64_t begin;
   int64_t count;
 
@@ -136,7 +136,7 @@ struct SparseLeaves {
   const void* mixture;    // [tokens, trees, leaves]
   int64_t leaves;         // of all trees
   const int64_t* tokens;  // [pairs] the token of each, in the order of runs
-  const LeafRun* runs;    // [run_count]
+  const RowRun* runs;     // [run_count]
   int64_t run_count;
   int64_t pair_count;
   // forward
@@ -149,6 +149,24 @@ struct SparseLeaves {
   void* grad_b1;
   void* grad_w2;
   void* grad_b2;
+};
+
+// The gradients of a linear layer whose output's gradient is zero but for some pairs of a token and
+// a row.
+struct SparseLinearBackward {
+  int64_t tokens;
+  int64_t rows;
+  int64_t width;
+  DType dtype;
+  const void* grad_output;     // [tokens, rows]
+  const void* x;               // [tokens, width]
+  const void* weight;          // [rows, width]
+  const int64_t* pair_tokens;  // [pairs] the token of each, in the order of runs
+  const RowRun* runs;          // [run_count]
+  int64_t run_count;
+  // outputs, each null when not wanted
+  void* grad_x;       // [tokens, width]
+  void* grad_weight;  // acc [rows, width]; comes zeroed
 };
 
 }  // namespace fff

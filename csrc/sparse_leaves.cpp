@@ -4,7 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "cpu/kernels.h"
-#include "leaf_pairs.h"
+#include "row_pairs.h"
 
 namespace fff {
 namespace {
@@ -65,7 +65,7 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   return a;
 }
 
-void set_pairs(SparseLeaves& p, const LeafPairs& pairs) {
+void set_pairs(SparseLeaves& p, const RowPairs& pairs) {
   p.tokens = pairs.tokens.data();
   p.pair_count = static_cast<int64_t>(pairs.tokens.size());
   p.runs = pairs.runs.data();
@@ -82,7 +82,7 @@ at::Tensor sparse_leaves(const at::Tensor& x, const at::Tensor& mixture, const a
   SparseLeaves& p = a.params;
   at::DimVector sizes = a.leading;
   sizes.push_back(p.shape.output_width);
-  const LeafPairs pairs = kept_pairs(a.mixture, prune);
+  const RowPairs pairs = kept_pairs(a.mixture, prune);
   set_pairs(p, pairs);
   const at::Tensor output = at::zeros(sizes, x.options().dtype(accumulation_type(x.scalar_type())));
   p.output = output.data_ptr();
@@ -105,7 +105,7 @@ SparseLeavesGradients sparse_leaves_backward(const at::Tensor& grad_output, cons
   check.same(grad_output, "grad_output", x, dtype);
   check.shape(grad_output, "grad_output", sizes);
   const at::Tensor g = grad_output.contiguous().view({p.shape.tokens, p.shape.output_width});
-  const LeafPairs pairs = kept_pairs(a.mixture, prune);
+  const RowPairs pairs = kept_pairs(a.mixture, prune);
   set_pairs(p, pairs);
   const auto options = x.options().dtype(accumulation_type(dtype));
   const auto gradient_of = [&](const OptionalTensor& weight, bool wanted) {

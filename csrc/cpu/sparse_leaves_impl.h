@@ -79,7 +79,7 @@ class SparseLeavesPass {
  private:
   // Up to kTokenTile pairs of one run, and room for what is computed of them.
   struct Tile {
-    const LeafRun* run = nullptr;
+    const RowRun* run = nullptr;
     int64_t in_run = 0;  // first of them in the run
     int64_t leaf = 0;
     const int64_t* tokens = nullptr;
@@ -105,7 +105,7 @@ class SparseLeavesPass {
       Tile tile(s_);
       for (int64_t r = begin; r < end; ++r) {
         tile.run = p_.runs + r;
-        tile.leaf = tile.run->leaf;
+        tile.leaf = tile.run->row;
         for (int64_t i = 0; i < tile.run->count; i += kTokenTile) {
           tile.in_run = i;
           tile.tokens = p_.tokens + tile.run->begin + i;
@@ -165,17 +165,17 @@ class SparseLeavesPass {
   // sums[token] += by_neuron_ * rows of the leaves, in columns [begin, end)
   void add_to_tokens(int64_t gates, const T* weight, const T* bias, void* sums, int64_t width,
                      int64_t begin, int64_t end) const {
-    A* rows[LeafRun::kMostPairs];
+    A* rows[RowRun::kMostPairs];
     std::vector<const T*> xs(gates);
-    for (const LeafRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
+    for (const RowRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
       for (int64_t t = 0; t < run->count; ++t) {
         rows[t] = static_cast<A*>(sums) + p_.tokens[run->begin + t] * width;
       }
       for (int64_t j = 0; j < s_.leaf_width; ++j) {
-        xs[j] = weight + s_.neuron_of_leaf(run->leaf, j) * width;
+        xs[j] = weight + s_.neuron_of_leaf(run->row, j) * width;
       }
       if (bias) {
-        xs[s_.leaf_width] = bias + run->leaf * width;
+        xs[s_.leaf_width] = bias + run->row * width;
       }
       outer(rows, by_neuron_.data() + run->begin * gates, run->count, run->count, xs.data(), gates,
             begin, end);
@@ -202,15 +202,15 @@ class SparseLeavesPass {
     };
     // Rows are cleared right before they are first added to, while they are in the cache.
     std::vector<bool> cleared(p_.leaves);
-    const T* xs[LeafRun::kMostPairs];
-    for (const LeafRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
+    const T* xs[RowRun::kMostPairs];
+    for (const RowRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
       for (int64_t t = 0; t < run->count; ++t) {
         xs[t] = vectors + p_.tokens[run->begin + t] * width;
       }
-      find_rows(run->leaf);
-      if (!cleared[run->leaf]) {
+      find_rows(run->row);
+      if (!cleared[run->row]) {
         clear_rows();
-        cleared[run->leaf] = true;
+        cleared[run->row] = true;
       }
       outer(rows.data(), coefficients.data() + run->begin * gates, gates, gates, xs, run->count,
             begin, end);
@@ -226,10 +226,10 @@ class SparseLeavesPass {
   void sum_to_input_biases() const {
     A* sums = static_cast<A*>(p_.grad_b1);
     std::fill_n(sums, p_.leaves * s_.leaf_width, A(0));
-    for (const LeafRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
+    for (const RowRun* run = p_.runs; run < p_.runs + p_.run_count; ++run) {
       const A* grads = by_pair_.data() + run->begin * s_.leaf_width;
       for (int64_t i = 0; i < run->count * s_.leaf_width; ++i) {
-        sums[s_.neuron_of_leaf(run->leaf, i % s_.leaf_width)] += grads[i];
+        sums[s_.neuron_of_leaf(run->row, i % s_.leaf_width)] += grads[i];
       }
     }
   }

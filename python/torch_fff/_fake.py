@@ -113,6 +113,14 @@ def _sparse_leaves_backward(
     )
 
 
+@_register("sparse_linear_backward")
+def _sparse_linear_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    of_x, of_weight = output_mask
+    return _gradient(x, of_x, x), _gradient(weight, of_weight, x)
+
+
 @_register("descend")
 def _descend(
     x: Tensor,

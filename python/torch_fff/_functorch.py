@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ops = torch.ops.fff
@@ -107,6 +108,32 @@ class _SparseLeaves(torch.autograd.Function):
         return *wanted, None, None
 
 
+class _SparseLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        needed = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        op = _ops.sparse_linear_backward.default
+        if torch.compiler.is_compiling():  # which cannot see through a function in a backward
+            grads = op(grad_output, x, weight, needed[:2])
+        else:
+            grads = _Backward.apply(op, grad_output, x, weight, needed[:2])
+        wanted = (grad if need else None for grad, need in zip(grads, needed[:2], strict=True))
+        return *wanted, grad_output.sum_to_size(weight.shape[:1]) if needed[2] else None
+
+
 class _Tree(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -149,6 +176,14 @@ def gated_activation(pre: Tensor, mixture: Tensor, activation: str) -> Any:
 
 def sparse_leaves(*args: Any) -> Any:
     return _SparseLeaves.apply(*_autocast(*args[:6]), *args[6:])
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """``F.linear`` on the CPU, whose backward is faster where its gradient is mostly zero.
+
+    Written for matrix products that take far longer than a call, it has no form in C++.
+    """
+    return _SparseLinear.apply(*_autocast(x, weight, bias))
 
 
 def tree(*args: Any) -> Any:

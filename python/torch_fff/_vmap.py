@@ -2,8 +2,7 @@
 
 Tokens have any leading dimensions, so that a batch over token-side arguments becomes one more of
 them and the op is called once. Where weights are batched the op is called per sample and its
-outputs are stacked; so are ``tree_backward`` and ``sparse_leaves_backward`` always: every sample
-has its own weight gradients.
+outputs are stacked; so it always is where every sample has weight gradients of its own.
 """
 
 from __future__ import annotations
@@ -72,3 +71,4 @@ _register("tree", tokenwise=[0, 8, 9], weights=range(1, 8))
 _register_loop("tree_backward")
 _register("sparse_leaves", tokenwise=[0, 1], weights=range(2, 6))
 _register_loop("sparse_leaves_backward")
+_register_loop("sparse_linear_backward")

@@ -225,7 +225,9 @@ def soft_tree(
     check_choice("soft_tree", "leaf_activation", leaf_activation, _ACTIVATIONS)
     tokens = x.reshape(-1, x.shape[-1])
     nodes = node_weight.shape[0]
-    logits = F.linear(tokens, node_weight, node_bias)
+    # A leaf that is dropped gives the nodes above it no gradient.
+    scores = _functorch.sparse_linear if prune and x.device.type == "cpu" else F.linear
+    logits = scores(tokens, node_weight, node_bias)
     node_logits = logits.view(*x.shape[:-1], trees, nodes // trees)
     # sigmoid(-z) = 1 - sigmoid(z): transposing a decision is negating its logit.
     mixture = leaf_mixture(

@@ -302,7 +302,7 @@ template <typename F>
 void for_pairs(const SparseLeaves& p, const F& f) {
   for (int64_t r = 0; r < p.run_count; ++r) {
     for (int64_t i = 0; i < p.runs[r].count; ++i) {
-      f(p.tokens[p.runs[r].begin + i], p.runs[r].leaf);
+      f(p.tokens[p.runs[r].begin + i], p.runs[r].row);
     }
   }
 }
@@ -373,11 +373,28 @@ inline void sparse_leaves_backward(const SparseLeaves& p) {
   });
 }
 
+inline void sparse_linear_backward(const SparseLinearBackward& p) {
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    std::vector<double> grad_x(p.width);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const double g = doubles(p.grad_output)[token * p.rows + row];
+      add(grad_x.data(), g, doubles(p.weight) + row * p.width, p.width);
+      if (p.grad_weight) {
+        add(static_cast<double*>(p.grad_weight) + row * p.width, g, doubles(p.x) + token * p.width,
+            p.width);
+      }
+    }
+    if (p.grad_x) {
+      std::copy(grad_x.begin(), grad_x.end(), static_cast<double*>(p.grad_x) + token * p.width);
+    }
+  }
+}
+
 // Stands in for a kernel table; float64 only.
 inline cpu::Kernels table() {
-  return {tree_forward,          tree_backward,         leaf_mixture,
-          leaf_mixture_backward, gated_activation,      gated_activation_backward,
-          sparse_leaves,         sparse_leaves_backward};
+  return {tree_forward,          tree_backward,          leaf_mixture,
+          leaf_mixture_backward, gated_activation,       gated_activation_backward,
+          sparse_leaves,         sparse_leaves_backward, sparse_linear_backward};
 }
 
 }  // namespace fff::reference

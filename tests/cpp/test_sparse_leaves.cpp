@@ -1,5 +1,5 @@
 // fff::sparse_leaves, its gradient, and the choice of its pairs, against the reference.
-#include "leaf_pairs.h"
+#include "row_pairs.h"
 #include "sparse_leaves.h"
 #include "support.h"
 
@@ -85,7 +85,7 @@ LeavesResult run_leaves(const Implementation& by, const LeavesCase& c, const Lea
     result.gradients[weight].fill_(by.name == the_reference().name ? 0 : NAN);
   }
   const auto pointer = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
-  const LeafPairs pairs = kept_pairs(a.mixture, kPrune);
+  const RowPairs pairs = kept_pairs(a.mixture, kPrune);
   SparseLeaves p = {};
   p.shape.tokens = c.tokens;
   p.shape.trees = c.trees;
@@ -195,15 +195,15 @@ TEST(SparseLeaves, WantsOnlyWhatTheMaskSays) {
 // Every pair that counts is there once, in a run of its leaf, and no other is.
 void expect_pairs(const at::Tensor& mixture, double prune) {
   const int64_t tokens = mixture.size(0), trees = mixture.size(1), leaves = mixture.size(2);
-  const LeafPairs pairs = kept_pairs(mixture, prune);
+  const RowPairs pairs = kept_pairs(mixture, prune);
   std::vector<int> seen(mixture.numel());
   int64_t at = 0;
-  for (const LeafRun& run : pairs.runs) {
+  for (const RowRun& run : pairs.runs) {
     ASSERT_EQ(run.begin, at);
     ASSERT_GE(run.count, 1);
-    ASSERT_LE(run.count, LeafRun::kMostPairs);
+    ASSERT_LE(run.count, RowRun::kMostPairs);
     for (; at < run.begin + run.count; ++at) {
-      ++seen[pairs.tokens[at] * trees * leaves + run.leaf];
+      ++seen[pairs.tokens[at] * trees * leaves + run.row];
     }
   }
   ASSERT_EQ(at, static_cast<int64_t>(pairs.tokens.size()));
@@ -218,7 +218,7 @@ void expect_pairs(const at::Tensor& mixture, double prune) {
   }
 }
 
-TEST(LeafPairs, AreThoseThatCount) {
+TEST(RowPairs, AreThoseThatCount) {
   Random random(1);
   for (const int64_t tokens : {0, 1, 33, 2500}) {
     for (const int64_t trees : {1, 3}) {

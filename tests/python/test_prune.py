@@ -1,14 +1,17 @@
-"""Soft trees that skip light leaves: prune_mixture, fff::sparse_leaves and its backward."""
+"""Soft trees that skip light leaves: prune_mixture, fff::sparse_leaves and its backward,
+fff::sparse_linear_backward."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import grad, vmap
 
 from cases import make_case
 from tolerances import TOLERANCE, assert_close
 from torch_fff import FFF, functional, reference
+from torch_fff._functorch import sparse_linear
 
 OP = torch.ops.fff.sparse_leaves
 BACKWARD = torch.ops.fff.sparse_leaves_backward
@@ -183,7 +186,7 @@ def test_dropout_is_that_of_all_leaves():
     torch.manual_seed(3)
     actual = case.run(lambda **a: functional.soft_tree(**a, prune=0.05, dropout=0.4)).output
     torch.manual_seed(3)
-    scale = torch.nn.functional.dropout(torch.ones(50, 16 * 4, dtype=torch.float64), 0.4)
+    scale = F.dropout(torch.ones(50, 16 * 4, dtype=torch.float64), 0.4)
     scale = scale.view(50, 1, 16, 4)
     expected = case.run(lambda **a: reference.soft_tree(**a, prune=0.05, hidden_scale=scale))
     assert_close(actual, expected.output)
@@ -227,6 +230,39 @@ def test_opcheck(dtype, options):
     g = torch.randn_like(OP(*constant, 0.05, "relu"))
     for mask in [(True, True), (True, False), (False, True)]:
         torch.library.opcheck(BACKWARD.default, (g, *constant, 0.05, "relu", mask))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.04, 1.0])
+@pytest.mark.parametrize("tokens", [(), (0,), (40,), (2, 33), (1100,)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gradient_of_the_scores(dtype, tokens, density):
+    """Zeros are skipped, where there are enough of them."""
+    given = [torch.randn(*tokens, 33), torch.randn(70, 33), torch.randn(70)]
+    given = [t.to(dtype).requires_grad_() for t in given]
+    g = (torch.randn(*tokens, 70) * (torch.rand(*tokens, 70) < density)).to(dtype)
+    actual = torch.autograd.grad(sparse_linear(*given), given, g)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    expected = torch.autograd.grad(F.linear(*exact), exact, g.double())
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, e)
+
+
+@pytest.mark.parametrize("density", [0.04, 1.0])
+@pytest.mark.parametrize("mask", [(True, True), (True, False), (False, True)])
+def test_opcheck_of_the_scores(mask, density):
+    g = torch.randn(2, 30, 15) * (torch.rand(2, 30, 15) < density)
+    x, weight = torch.randn(2, 30, 7), torch.randn(15, 7)
+    torch.library.opcheck(torch.ops.fff.sparse_linear_backward.default, (g, x, weight, mask))
+
+
+def test_no_double_backward_of_the_scores():
+    x = torch.randn(40, 7, requires_grad=True)
+    weight = torch.randn(15, 7, requires_grad=True)
+    loss = sparse_linear(x, weight, None).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fff::sparse_linear_backward cannot be differentiated"):
+        gradient.sum().backward()
 
 
 def test_compiles_without_breaks():
