@@ -211,7 +211,8 @@ def soft_tree(
             is dropped for that token: it adds nothing to the output and gets no gradient, nor does
             its weight. The output then differs from the full mixture by less than ``prune`` times
             the sum over the dropped leaves of |leaf output|. On the CPU a leaf that is dropped
-            costs nothing, as soon as enough of them are; on a GPU, and with dropout, all leaves
+            costs nothing, as soon as half of them are (what is compiled or transformed cannot
+            depend on values and takes that for granted); on a GPU, and with dropout, all leaves
             are computed.
         trees: K.
 
