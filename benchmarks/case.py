@@ -20,6 +20,9 @@ class Case:
     step: "forward" (inference mode, hard routing) or "training" (forward, and backward to the
         input and all weights).
     routing: in training, the gradient of the routing: "none", "straight-through" or "soft".
+    prune: threshold on the leaves' weights in soft training.
+    entropy: mean entropy of the nodes' decisions in nats, to which random nodes are sharpened; 0
+        leaves them as they are.
     layers: so many layers, each with weights of its own, are called in turn; with 12 the weights
         come from memory or a far cache, as in a whole model.
     dense_width: neurons of the dense baselines; 0 for as many as the trees have.
@@ -36,6 +39,8 @@ class Case:
     dtype: str = "float32"
     step: str = FORWARD
     routing: str = NONE
+    prune: float = 0.0
+    entropy: float = 0.0
     layers: int = 1
     dense_width: int = 0
     memory: bool = False
@@ -47,7 +52,7 @@ class Case:
 
     def series(self, axis: str) -> str:
         """The name without what varies along an axis of a plot: a field or ``neurons``."""
-        varying = "tokens" if axis == "tokens" else "geometry"
+        varying = axis if axis in ("tokens", "entropy") else "geometry"
         return "-".join(part for key, part in self._parts().items() if part and key != varying)
 
     def _parts(self) -> dict[str, str]:
@@ -58,6 +63,8 @@ class Case:
             "dense": f"vs{self.dense_width}" if self.dense_width else "",
             "tokens": f"t{self.tokens}",
             "dtype": _SHORT[self.dtype],
+            "prune": f"prune{self.prune:g}" if self.prune else "",
+            "entropy": f"entropy{self.entropy:g}" if self.entropy else "",
             "step": "" if self.step == FORWARD else f"training-{self.routing}",
             "layers": f"cold{self.layers}" if self.layers > 1 else "",
         }

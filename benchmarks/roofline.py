@@ -12,8 +12,9 @@ def floor_seconds(case: Case, floors: Floors, machine: Machine, threads: int) ->
     product; the bytes at the rate of the nearest memory that holds them.
 
     Tokens are taken to spread evenly over the tree; a row that several of them visit is read once.
-    What a straight-through step evaluates beside the path is left out, and so is all indexing and
-    sorting. A training step writes a gradient for every weight, visited or not.
+    A soft layer computes all of it; with a threshold on the leaves' weights, one leaf per token at
+    least. What a straight-through step evaluates beside the path is left out, and so is all
+    indexing and sorting. A training step writes a gradient for every weight, visited or not.
     """
     rows = _Rows(case)
     read = rows.inputs * case.input_width + rows.outputs * case.output_width
@@ -36,6 +37,7 @@ class _Rows:
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        self.everything = case.routing == SOFT and not case.prune
         nodes = case.trees * sum(self._distinct(2**level) for level in range(case.levels))
         leaves = case.trees * self._distinct(2**case.depth) * case.leaf_width
         self.inputs = nodes + leaves
@@ -44,14 +46,14 @@ class _Rows:
     def width_of_token(self) -> float:
         """Multiplications that one token costs."""
         case = self.case
-        if case.routing == SOFT:
+        if self.everything:
             return self.inputs * case.input_width + self.outputs * case.output_width
         outputs = case.trees * (case.leaf_width or case.levels)
         return case.visited * case.input_width + outputs * case.output_width
 
     def _distinct(self, choices: int) -> float:
         """How many different ones are among as many uniform draws as there are tokens."""
-        if self.case.routing == SOFT:
+        if self.everything:
             return choices
         return choices * (1 - (1 - 1 / choices) ** self.case.tokens)
 

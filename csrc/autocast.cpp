@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "check.h"
+#include "sparse_leaves.h"
 #include "tree.h"
 
 namespace fff {
@@ -88,10 +89,26 @@ at::Tensor gated_activation_autocast(const at::Tensor& pre, const at::Tensor& mi
 }
 
 template <c10::DeviceType device>
+at::Tensor sparse_leaves_autocast(const at::Tensor& x, const at::Tensor& mixture,
+                                  const at::Tensor& w1, const OptionalTensor& b1,
+                                  const at::Tensor& w2, const OptionalTensor& b2, double prune,
+                                  std::string_view activation) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  static const auto call = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fff::sparse_leaves", "")
+                               .typed<decltype(sparse_leaves)>();
+  const Cast cast(device);
+  return call.call(cast(x), cast(mixture), cast(w1), cast(b1), cast(w2), cast(b2), prune,
+                   activation);
+}
+
+template <c10::DeviceType device>
 void register_casts(torch::Library& m) {
   m.impl("tree", tree_autocast<device>);
   m.impl("descend", descend_autocast<device>);
   m.impl("gated_activation", gated_activation_autocast<device>);
+  m.impl("sparse_leaves", sparse_leaves_autocast<device>);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "gated_activation.h"
 #include "leaf_mixture.h"
 #include "linear.h"
+#include "sparse_leaves.h"
 #include "tree.h"
 
 namespace fff {
@@ -20,6 +21,37 @@ using torch::autograd::variable_list;
 template <typename Signature>
 auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+OptionalTensor or_nullopt(const at::Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
+// Which of N inputs, the saved ones from `saved` on, want a gradient. The engine counts only the
+// tensors that were given.
+template <size_t N>
+std::array<bool, N> wanted_gradients(AutogradContext* ctx, variable_list::const_iterator saved) {
+  std::array<bool, N> wanted = {};
+  for (size_t input = 0, edge = 0; input < N; ++input) {
+    wanted[input] = saved[input].defined() && ctx->needs_input_grad(edge++);
+  }
+  return wanted;
+}
+
+// A gradient for each of the forward pass's `arguments`, of which the first N are differentiable.
+template <size_t N, typename Gradients>
+variable_list gradients_of_inputs(Gradients&& gradients, const std::array<bool, N>& wanted,
+                                  size_t arguments) {
+  std::array<at::Tensor, N> by_input =
+      std::apply([](auto&&... t) { return std::array<at::Tensor, N>{std::move(t)...}; },
+                 std::forward<Gradients>(gradients));
+  variable_list result(arguments);
+  for (size_t i = 0; i < N; ++i) {
+    if (wanted[i]) {
+      result[i] = std::move(by_input[i]);
+    }
+  }
+  return result;
 }
 
 class LeafMixtureFunction : public torch::autograd::Function<LeafMixtureFunction> {
@@ -95,6 +127,32 @@ std::array<at::Tensor, sizeof...(Tensors)> to_array(std::tuple<Tensors...> tenso
   return std::apply([](auto&... t) { return std::array{std::move(t)...}; }, tensors);
 }
 
+class SparseLeavesFunction : public torch::autograd::Function<SparseLeavesFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& mixture,
+                            const at::Tensor& w1, const OptionalTensor& b1, const at::Tensor& w2,
+                            const OptionalTensor& b2, double prune, const std::string& activation) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto call = op<decltype(sparse_leaves)>("fff::sparse_leaves");
+    ctx->save_for_backward(
+        {x, mixture, w1, b1.value_or(at::Tensor()), w2, b2.value_or(at::Tensor())});
+    ctx->saved_data["prune"] = prune;
+    ctx->saved_data["activation"] = activation;
+    return call.call(x, mixture, w1, b1, w2, b2, prune, activation);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto call = op<decltype(sparse_leaves_backward)>("fff::sparse_leaves_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const std::array<bool, 6> wanted = wanted_gradients<6>(ctx, saved.begin());
+    auto gradients = call.call(grads[0], saved[0], saved[1], saved[2], or_nullopt(saved[3]),
+                               saved[4], or_nullopt(saved[5]), ctx->saved_data["prune"].toDouble(),
+                               ctx->saved_data["activation"].toStringView(),
+                               {wanted[0], wanted[2] || wanted[3] || wanted[4] || wanted[5]});
+    return gradients_of_inputs(std::move(gradients), wanted, 8);
+  }
+};
+
 class TreeFunction : public torch::autograd::Function<TreeFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x,
@@ -132,15 +190,7 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto or_nullopt = [](const at::Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    // The engine counts only the tensors that were given: which of the eight inputs want a
-    // gradient.
-    std::array<bool, 8> wanted = {};
-    for (size_t input = 0, edge = 0; input < wanted.size(); ++input) {
-      wanted[input] = saved[2 + input].defined() && ctx->needs_input_grad(edge++);
-    }
+    const std::array<bool, 8> wanted = wanted_gradients<8>(ctx, saved.begin() + 2);
     const auto call = [&](const auto& backward) {
       return backward.call(
           or_nullopt(grads[0]), or_nullopt(grads[1]), saved[0], saved[1], saved[2], saved[3],
@@ -168,13 +218,7 @@ class TreeFunction : public torch::autograd::Function<TreeFunction> {
       static const auto backward = op<decltype(tree_backward)>("fff::tree_backward");
       by_input = to_array(call(backward));
     }
-    variable_list result(19);  // one for each argument of forward, most without a gradient
-    for (size_t i = 0; i < by_input.size(); ++i) {
-      if (wanted[i]) {
-        result[i] = by_input[i];
-      }
-    }
-    return result;
+    return gradients_of_inputs(std::move(by_input), wanted, 19);
   }
 };
 
@@ -190,6 +234,13 @@ at::Tensor leaf_mixture_autograd(const at::Tensor& node_logits) {
 at::Tensor gated_activation_autograd(const at::Tensor& pre, const at::Tensor& mixture,
                                      std::string_view activation) {
   return GatedActivationFunction::apply(pre, mixture, std::string(activation));
+}
+
+at::Tensor sparse_leaves_autograd(const at::Tensor& x, const at::Tensor& mixture,
+                                  const at::Tensor& w1, const OptionalTensor& b1,
+                                  const at::Tensor& w2, const OptionalTensor& b2, double prune,
+                                  std::string_view activation) {
+  return SparseLeavesFunction::apply(x, mixture, w1, b1, w2, b2, prune, std::string(activation));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_autograd(
@@ -217,6 +268,9 @@ TORCH_LIBRARY_IMPL(fff, Autograd, m) {
   m.impl("leaf_mixture_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gated_activation_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("sparse_leaves", TORCH_FN(fff::sparse_leaves_autograd));
+  m.impl("sparse_leaves_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("sparse_linear_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("tree_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("tree_backward_rows", torch::autograd::autogradNotImplementedFallback());
   m.impl("descend", torch::autograd::autogradNotImplementedFallback());

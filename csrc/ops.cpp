@@ -3,6 +3,7 @@
 // Shapes (K trees of n = 2^levels - 1 nodes in heap order and 2^levels leaves):
 //   x [..., in]  node_weight [K*n, in]  node_bias [K*n]  node_output [K*n, out]
 //   w1 [K*leaves, l, in]  b1 [K*leaves, l]  w2 [K*leaves, l, out]  b2 [K*leaves, out]
+//   mixture [..., K, leaves]
 //   noise, alternates, scores [..., K, levels]  leaf_scale [..., K, l]  leaf [..., K]
 // A tree has node outputs, leaf networks below its nodes, or both. scores, noise, alternates and
 // leaf_scale are float32 (float64 for float64 x).
@@ -12,6 +13,8 @@
 #include "gated_activation.h"
 #include "leaf_mixture.h"
 #include "linear.h"
+#include "sparse_leaves.h"
+#include "sparse_linear.h"
 #include "tree.h"
 
 TORCH_LIBRARY(fff, m) {
@@ -25,6 +28,19 @@ TORCH_LIBRARY(fff, m) {
   m.def(
       "gated_activation_backward(Tensor grad_output, Tensor pre, Tensor mixture, str activation)"
       " -> (Tensor grad_pre, Tensor grad_mixture)",
+      tags);
+  m.def(
+      "sparse_leaves(Tensor x, Tensor mixture, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2,"
+      " float prune, str activation) -> Tensor",
+      tags);
+  m.def(
+      "sparse_leaves_backward(Tensor grad_output, Tensor x, Tensor mixture, Tensor w1, Tensor? b1,"
+      " Tensor w2, Tensor? b2, float prune, str activation, bool[2] output_mask) -> (Tensor x,"
+      " Tensor mixture, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
+      tags);
+  m.def(
+      "sparse_linear_backward(Tensor grad_output, Tensor x, Tensor weight, bool[2] output_mask)"
+      " -> (Tensor x, Tensor weight)",
       tags);
 
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
@@ -76,6 +92,9 @@ void register_kernels(torch::Library& m) {
   m.impl("gated_activation_backward", TORCH_FN(fff::gated_activation_backward));
   m.impl("linear", TORCH_FN(fff::linear));
   m.impl("linear_backward", TORCH_FN(fff::linear_backward));
+  m.impl("sparse_leaves", TORCH_FN(fff::sparse_leaves));
+  m.impl("sparse_leaves_backward", TORCH_FN(fff::sparse_leaves_backward));
+  m.impl("sparse_linear_backward", TORCH_FN(fff::sparse_linear_backward));
   m.impl("descend", TORCH_FN(fff::descend));
   m.impl("tree", TORCH_FN(fff::tree));
   m.impl("tree_backward", TORCH_FN(fff::tree_backward));

@@ -144,4 +144,57 @@ struct GatedActivation {
   void* grad_mixture;       // [tokens, leaves]
 };
 
+// Consecutive pairs of a token and a row of weights (a leaf, a node) that all have the same row.
+struct RowRun {
+  int64_t row;
+  int64_t begin;
+  int64_t count;
+
+  static constexpr int64_t kMostPairs = 64;
+};
+
+// The leaf networks of soft trees, for some pairs of a token and a leaf only. Leaves are numbered
+// over all trees.
+struct SparseLeaves {
+  TreeShape shape;  // without its levels
+  DType dtype;
+  Activation activation;
+  TreeWeights weights;    // without those of the nodes
+  const void* x;          // [tokens, input_width]
+  const void* mixture;    // [tokens, trees, leaves]
+  int64_t leaves;         // of all trees
+  const int64_t* tokens;  // [pairs] the token of each, in the order of runs
+  const RowRun* runs;     // [run_count]
+  int64_t run_count;
+  int64_t pair_count;
+  // forward
+  void* output;  // acc [tokens, output_width]; comes zeroed
+  // backward; gradients are null when not wanted
+  const void* grad_output;  // [tokens, output_width]
+  void* grad_x;             // acc [tokens, input_width]; comes zeroed
+  void* grad_mixture;       // [tokens, trees, leaves]; comes zeroed
+  void* grad_w1;            // acc, shaped as the weights
+  void* grad_b1;
+  void* grad_w2;
+  void* grad_b2;
+};
+
+// The gradients of a linear layer whose output's gradient is zero but for some pairs of a token and
+// a row.
+struct SparseLinearBackward {
+  int64_t tokens;
+  int64_t rows;
+  int64_t width;
+  DType dtype;
+  const void* grad_output;     // [tokens, rows]
+  const void* x;               // [tokens, width]
+  const void* weight;          // [rows, width]
+  const int64_t* pair_tokens;  // [pairs] the token of each, in the order of runs
+  const RowRun* runs;          // [run_count]
+  int64_t run_count;
+  // outputs, each null when not wanted
+  void* grad_x;       // [tokens, width]
+  void* grad_weight;  // acc [rows, width]; comes zeroed
+};
+
 }  // namespace fff

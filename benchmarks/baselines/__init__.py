@@ -3,7 +3,7 @@ token visits."""
 
 from __future__ import annotations
 
-from . import batched, dense, experts, masked, onednn, published
+from . import batched, dense, experts, masked, onednn, published, unpruned
 from .baseline import Baseline
 
 BASELINES: dict[str, Baseline] = {
@@ -58,6 +58,12 @@ BASELINES: dict[str, Baseline] = {
         published.needs,
         published.unfit,
         same_function=True,
+    ),
+    "unpruned": Baseline(
+        "the same layer in soft training with all its leaves",
+        unpruned.build,
+        unpruned.needs,
+        unpruned.unfit,
     ),
     "experts": Baseline(
         "top-1 mixture of experts of the leaves' width",

@@ -11,13 +11,24 @@ from . import (
     leaves,
     paper_2308_14711,
     paper_2311_10770,
+    prune,
     soft,
     training,
     trees,
 )
 from .suite import Plot, Suite
 
-_MODULES = (forward, training, depth, trees, leaves, soft, paper_2311_10770, paper_2308_14711)
+_MODULES = (
+    forward,
+    training,
+    depth,
+    trees,
+    leaves,
+    soft,
+    prune,
+    paper_2311_10770,
+    paper_2308_14711,
+)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
 
 __all__ = ["SUITES", "Plot", "Suite", "select"]

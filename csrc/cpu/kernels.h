@@ -14,6 +14,9 @@ struct Kernels {
   void (*gated_activation_backward)(const GatedActivation&);
   void (*path_gates)(const PathGates&);
   void (*path_gates_backward)(const PathGates&);
+  void (*sparse_leaves)(const SparseLeaves&);
+  void (*sparse_leaves_backward)(const SparseLeaves&);
+  void (*sparse_linear_backward)(const SparseLinearBackward&);
 };
 
 // The table for this process: the best the machine has, or what ATEN_CPU_CAPABILITY asks for.

@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "leaf_mixture_impl.h"
 #include "path_gates_impl.h"
+#include "sparse_leaves_impl.h"
+#include "sparse_linear_impl.h"
 #include "tree_backward_impl.h"
 #include "tree_forward_impl.h"
 
@@ -12,10 +14,17 @@ namespace fff::cpu {
 inline namespace CPU_CAPABILITY {
 
 inline Kernels table() {
-  return {tree_forward,     tree_backward,
-          leaf_mixture,     leaf_mixture_backward,
-          gated_activation, gated_activation_backward,
-          path_gates,       path_gates_backward};
+  return {tree_forward,
+          tree_backward,
+          leaf_mixture,
+          leaf_mixture_backward,
+          gated_activation,
+          gated_activation_backward,
+          path_gates,
+          path_gates_backward,
+          sparse_leaves,
+          sparse_leaves_backward,
+          sparse_linear_backward};
 }
 
 }  // namespace CPU_CAPABILITY

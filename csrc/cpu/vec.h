@@ -371,6 +371,13 @@ inline void combine(const T* const* rows, const acc_t<T>* coefficients, int64_t 
   step(std::integral_constant<int, 1>());
 }
 
+// And for a single one.
+template <typename T, typename O>
+inline void combine(const T* const* rows, const acc_t<T>* coefficients, int64_t count, O* y,
+                    int64_t width, Write write) {
+  combine_tile<1>(rows, coefficients, count, count, &y, width, write);
+}
+
 // rows[r][begin, end) += sum_t coefficients[t * stride + r] * xs[t][begin, end)
 template <int R, typename T>
 inline void outer_tile(acc_t<T>* const* rows, const acc_t<T>* coefficients, int64_t stride,

@@ -48,6 +48,13 @@ def _scores_and_leaf(x: Tensor, node_weight: Tensor, trees: int) -> tuple[Tensor
     return scores, x.new_empty((*x.shape[:-1], trees), dtype=torch.int64)
 
 
+def _gradient(argument: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
+    """Empty where there is none."""
+    if argument is None or not wanted:
+        return like.new_empty(0)
+    return argument.new_empty(argument.shape)
+
+
 @_register("leaf_mixture")
 def _leaf_mixture(node_logits: Tensor) -> Tensor:
     *tokens, nodes = node_logits.shape
@@ -89,6 +96,49 @@ def _linear_backward(
         grad_weight if of_weight else x.new_empty(0),
         x.new_empty(rows if of_bias else 0),
     )
+
+
+@_register("sparse_leaves")
+def _sparse_leaves(
+    x: Tensor,
+    mixture: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    prune: float,
+    activation: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w2.shape[-1]))
+
+
+@_register("sparse_leaves_backward")
+def _sparse_leaves_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mixture: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    prune: float,
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    of_x, of_leaves = output_mask
+    return (
+        _gradient(x, of_x, x),
+        mixture.new_empty(mixture.shape),
+        *(_gradient(argument, of_leaves, x) for argument in (w1, b1, w2, b2)),
+    )
+
+
+@_register("sparse_linear_backward")
+def _sparse_linear_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    of_x, of_weight = output_mask
+    return _gradient(x, of_x, x), _gradient(weight, of_weight, x)
 
 
 @_register("descend")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._linear import linear
+
 _ops = torch.ops.fff
 
 
@@ -81,6 +83,58 @@ class _GatedActivation(torch.autograd.Function):
         return *grads, None
 
 
+class _SparseLeaves(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _ops.sparse_leaves.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors, ctx.options = inputs[:6], inputs[6:]
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:6]
+        grads = _Backward.apply(
+            _ops.sparse_leaves_backward.default,
+            grad_output,
+            *ctx.saved_tensors,
+            *ctx.options,
+            (needed[0], any(needed[2:])),
+        )
+        wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        return *wanted, None, None
+
+
+class _SparseLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        needed = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        op = _ops.sparse_linear_backward.default
+        if torch.compiler.is_compiling():  # which cannot see through a function in a backward
+            grads = op(grad_output, x, weight, needed[:2])
+        else:
+            grads = _Backward.apply(op, grad_output, x, weight, needed[:2])
+        wanted = (grad if need else None for grad, need in zip(grads, needed[:2], strict=True))
+        return *wanted, grad_output.sum_to_size(weight.shape[:1]) if needed[2] else None
+
+
 class _Tree(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -119,6 +173,18 @@ def leaf_mixture(node_logits: Tensor) -> Any:
 
 def gated_activation(pre: Tensor, mixture: Tensor, activation: str) -> Any:
     return _GatedActivation.apply(*_autocast(pre, mixture), activation)
+
+
+def sparse_leaves(*args: Any) -> Any:
+    return _SparseLeaves.apply(*_autocast(*args[:6]), *args[6:])
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """``F.linear`` on the CPU, whose backward is faster where its gradient is mostly zero.
+
+    Written for matrix products that take far longer than a call, it has no form in C++.
+    """
+    return _SparseLinear.apply(*_autocast(x, weight, bias))
 
 
 def tree(*args: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Tokens have any leading dimensions, so that a batch over token-side arguments becomes one more of
 them and the op is called once. Where weights are batched the op is called per sample and its
-outputs are stacked; so is ``tree_backward`` always: every sample has its own weight gradients.
+outputs are stacked; so it always is where every sample has weight gradients of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def _loop(op: Any, batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) 
         op(*(a.select(d, i) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)))
         for i in range(batch)
     ]
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
     stacked = tuple(torch.stack(output) for output in zip(*outputs, strict=True))
     return stacked, (0,) * len(stacked)
 
@@ -51,8 +53,13 @@ def _register(name: str, tokenwise: Iterable[int], weights: Iterable[int] = ()) 
     torch.library.register_vmap(f"fff::{name}", rule)
 
 
-def _tree_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    return _loop(torch.ops.fff.tree_backward.default, info.batch_size, in_dims, args)
+def _register_loop(name: str) -> None:
+    op = getattr(torch.ops.fff, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _loop(op, info.batch_size, in_dims, args)
+
+    torch.library.register_vmap(f"fff::{name}", rule)
 
 
 _register("leaf_mixture", tokenwise=[0])
@@ -61,4 +68,7 @@ _register("gated_activation", tokenwise=[0, 1])
 _register("gated_activation_backward", tokenwise=[0, 1, 2])
 _register("descend", tokenwise=[0, 3], weights=[1, 2])
 _register("tree", tokenwise=[0, 8, 9, 10], weights=range(1, 8))
-torch.library.register_vmap("fff::tree_backward", _tree_backward)
+_register_loop("tree_backward")
+_register("sparse_leaves", tokenwise=[0, 1], weights=range(2, 6))
+_register_loop("sparse_leaves_backward")
+_register_loop("sparse_linear_backward")

@@ -40,6 +40,7 @@ _SHOWN_UNLESS_DEFAULT = (
     ("alternates", None),
     ("min_slope", 0.0),
     ("row_sparse_grad", False),
+    ("prune", 0.0),
     ("hardening", 0.0),
     ("balance", 0.0),
     ("master_leaf_width", 0),
@@ -82,6 +83,13 @@ class FFF(nn.Module):
     the CPU, in eager mode: not for torch.func, for compiled training, nor for weights that autocast
     casts. What else uses a parameter, such as the hardening loss, makes its gradient dense.
 
+    **Pruning** makes soft training cheaper the harder its decisions are: with ``prune=eps`` a
+    token skips the leaves whose weight in its mixture is below eps, in the output and in the
+    gradients; the heaviest leaf of each tree is never skipped. What is missing from the output is
+    less than eps times the sum of the skipped leaves' |leaf(x)|. Nodes, losses and usage see the
+    whole mixture. On the CPU skipped leaves cost nothing; on a GPU, and with ``dropout``, all are
+    computed, with the same result. It plays no role in hard forwards.
+
     **Hardening** teaches a soft tree decisions that can be rounded. Its loss is, always, the sum
     over nodes of the mean over tokens of the entropy of c, in nats. Use one of:
 
@@ -109,10 +117,10 @@ class FFF(nn.Module):
     (The PyPI package adds a node's local branch probability to its child's ``node_usage``, whether
     or not the node was reached.)
 
-    ``slope``, ``noise``, ``alternates``, ``min_slope``, ``hardening`` and ``balance`` are plain
-    attributes that a schedule may change every step. Under ``torch.compile`` each new ``slope``,
-    ``alternates`` or ``min_slope`` is a compilation of its own, so change them now and then; the
-    other three are free.
+    ``slope``, ``noise``, ``alternates``, ``min_slope``, ``prune``, ``hardening`` and ``balance``
+    are plain attributes that a schedule may change every step. Under ``torch.compile`` each new
+    ``slope``, ``alternates``, ``min_slope`` or ``prune`` is a compilation of its own, so change
+    them now and then; the other three are free.
 
     Args:
         input_width: last dimension of the input, ``in``.
@@ -138,6 +146,8 @@ class FFF(nn.Module):
         min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
         row_sparse_grad: in hard forwards, give the parameters of the trees gradients that are
             sparse tensors of the nodes and leaves that were visited.
+        prune: threshold eps in [0, 1] on the leaves' weights in soft forwards; 0 computes all
+            leaves.
         hardening: weight h.
         balance: weight b.
         master_leaf_width: width m of a leaf that every token uses (arXiv 2405.16836), 0 for none:
@@ -201,6 +211,7 @@ class FFF(nn.Module):
         alternates: int | None = None,
         min_slope: float = 0.0,
         row_sparse_grad: bool = False,
+        prune: float = 0.0,
         hardening: float = 0.0,
         balance: float = 0.0,
         master_leaf_width: int = 0,
@@ -220,6 +231,7 @@ class FFF(nn.Module):
         for argument, number, high in (
             ("dropout", dropout, 1.0),
             ("region_leak", region_leak, 0.5 if train_hardened else 1.0),
+            ("prune", prune, 1.0),
             ("hardening", hardening, math.inf),
             ("balance", balance, math.inf),
         ):
@@ -251,6 +263,7 @@ class FFF(nn.Module):
         self.alternates = alternates
         self.min_slope = float(min_slope)
         self.row_sparse_grad = row_sparse_grad
+        self.prune = float(prune)
         self.hardening = float(hardening)
         self.balance = float(balance)
         self.entropy: Tensor | None = None
@@ -383,6 +396,7 @@ class FFF(nn.Module):
             *tree_weights(self, _TREE_WEIGHTS),
             leak=leak,
             dropout=self.dropout if training else 0.0,
+            prune=self.prune,
             trees=self.parallel_size,
             node_activation=self.node_activation,
             leaf_activation=self.activation,

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _functorch
-from ._arguments import check_choice, reject
-from .reference import ACTIVATIONS, SoftTreeOutput, TreeOutput, node_reach
+from ._arguments import check_choice, check_number, reject
+from ._linear import linear
+from .reference import ACTIVATIONS, SoftTreeOutput, TreeOutput, node_reach, prune_mixture
 
 __all__ = [
     "SoftTreeOutput",
@@ -49,6 +50,7 @@ __all__ = [
     "gated_activation",
     "leaf_mixture",
     "node_reach",
+    "prune_mixture",
     "soft_tree",
     "tree",
 ]
@@ -57,9 +59,9 @@ _ACTIVATIONS = tuple(ACTIVATIONS)
 # Looked up once: one token takes a few microseconds in all.
 _tree = torch.ops.fff.tree.default
 _descend = torch.ops.fff.descend.default
-_fff_linear = torch.ops.fff.linear.default
 _leaf_mixture = torch.ops.fff.leaf_mixture.default
 _gated_activation = torch.ops.fff.gated_activation.default
+_sparse_leaves = torch.ops.fff.sparse_leaves.default
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -68,18 +70,6 @@ def _differentiable(op: Any, transformable: Callable[..., Any]) -> Any:
     if _transforms_active() and not torch.compiler.is_compiling():
         return transformable
     return op
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for x [tokens, in]; where ATen's product is not the fastest there is, by our op."""
-    if (
-        x.is_cpu
-        and x.dtype == torch.float32
-        and not (_transforms_active() or torch.is_autocast_enabled("cpu"))
-    ):
-        product: Tensor = _fff_linear(x, weight, bias)
-        return product
-    return F.linear(x, weight, bias)
 
 
 def _row_sparse(op: Any) -> Any:
@@ -235,6 +225,7 @@ def soft_tree(
     *,
     leak: Tensor | None = None,
     dropout: float = 0.0,
+    prune: float = 0.0,
     trees: int = 1,
     node_activation: str = "identity",
     leaf_activation: str = "relu",
@@ -250,6 +241,13 @@ def soft_tree(
         leak: [..., K, n] bool; where true c becomes 1 - c (region leak).
         dropout: probability in [0, 1] to zero a hidden activation; the others are scaled by
             1 / (1 - dropout). It applies whenever it is not 0.
+        prune: in [0, 1]; a leaf whose weight is less than this, and not the largest of its tree,
+            is dropped for that token: it adds nothing to the output and gets no gradient, nor does
+            its weight. The output then differs from the full mixture by less than ``prune`` times
+            the sum over the dropped leaves of |leaf output|. On the CPU a leaf that is dropped
+            costs nothing, as soon as half of them are (what is compiled or transformed cannot
+            depend on values and takes that for granted); on a GPU, and with dropout, all leaves
+            are computed.
         trees: K.
 
     Returns:
@@ -257,20 +255,28 @@ def soft_tree(
         after it, all of the dtype of x (of autocast's where that is on).
     """
     out = _output_width(x, node_weight, node_bias, node_output, w1, b1, w2, b2, leak, trees)
+    check_number("soft_tree", "prune", prune, 0.0, 1.0)
     check_choice("soft_tree", "node_activation", node_activation, _ACTIVATIONS)
     check_choice("soft_tree", "leaf_activation", leaf_activation, _ACTIVATIONS)
     tokens = x.reshape(-1, x.shape[-1])
     nodes = node_weight.shape[0]
-    logits = _linear(tokens, node_weight, node_bias)
+    # A leaf that is dropped gives the nodes above it no gradient.
+    scores = _functorch.sparse_linear if prune and x.is_cpu else linear
+    logits = scores(tokens, node_weight, node_bias)
     node_logits = logits.view(*x.shape[:-1], trees, nodes // trees)
     # sigmoid(-z) = 1 - sigmoid(z): transposing a decision is negating its logit.
     mixture = leaf_mixture(
         node_logits if leak is None else torch.where(leak, -node_logits, node_logits)
     )
+    output = None
     products = []
-    if w1 is not None and w2 is not None:
-        weights = mixture.view(-1, nodes + trees)
-        pre = _linear(tokens, w1.flatten(0, 1), None if b1 is None else b1.flatten())
+    if w1 is not None and w2 is not None and prune and _pruning_pays(mixture, prune, dropout):
+        leaves = _differentiable(_sparse_leaves, _functorch.sparse_leaves)
+        by_tree = mixture.view(-1, trees, nodes // trees + 1)
+        output = leaves(tokens, by_tree, w1, b1, w2, b2, prune, leaf_activation)
+    elif w1 is not None and w2 is not None:
+        weights = (prune_mixture(mixture, prune) if prune else mixture).view(-1, nodes + trees)
+        pre = linear(tokens, w1.flatten(0, 1), None if b1 is None else b1.flatten())
         hidden = gated_activation(pre, weights, leaf_activation)
         if dropout:
             hidden = F.dropout(hidden, dropout)
@@ -280,10 +286,28 @@ def soft_tree(
     if node_output is not None and nodes:
         reach = node_reach(mixture).view(-1, nodes)
         products.append((gated_activation(logits, reach, node_activation), node_output))
-    output = _linear(products[0][0], products[0][1].T)
-    for a, b in products[1:]:
-        output = output + _linear(a, b.T)
+    for a, b in products:
+        product = linear(a, b.T)
+        output = product if output is None else output + product
+    assert output is not None
     return SoftTreeOutput(output.view(*x.shape[:-1], out), node_logits, mixture)
+
+
+# Share of the leaves that tokens keep up to which skipping the others pays: a leaf that is kept
+# takes longer by itself than as a part of one large product.
+_SPARSE_SHARE = 0.5
+
+
+def _pruning_pays(mixture: Tensor, prune: float, dropout: float) -> bool:
+    """Whether the leaves that stay are worth being computed one by one.
+
+    What is compiled or transformed cannot depend on values, and takes this for granted.
+    """
+    if dropout or mixture.device.type != "cpu":
+        return False
+    if _transforms_active() or torch.compiler.is_compiling():
+        return True
+    return int(torch.count_nonzero(mixture >= prune)) <= _SPARSE_SHARE * mixture.numel()
 
 
 def bernoulli_entropy(node_logits: Tensor) -> Tensor:

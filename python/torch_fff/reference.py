@@ -88,6 +88,17 @@ def gated_activation(pre: Tensor, mixture: Tensor, activation: str = "relu") -> 
     return ACTIVATIONS[activation](pre) * mixture.repeat_interleave(leaf_width, -1)
 
 
+def prune_mixture(mixture: Tensor, prune: float) -> Tensor:
+    """The weights of the leaves [..., leaves] without the light ones, which become 0.
+
+    A leaf stays if its weight is at least ``prune``, or the largest: one leaf always does. NaN
+    stays. The others keep their weights, so that less than ``prune * leaves`` is missing from
+    their sum.
+    """
+    largest = mixture.detach().amax(-1, keepdim=True)
+    return mixture.masked_fill(mixture < largest.clamp(max=prune), 0)
+
+
 def node_reach(mixture: Tensor) -> Tensor:
     """Weight with which each node is reached, [..., 2^d] -> [..., 2^d - 1] in heap order.
 
@@ -112,6 +123,7 @@ def soft_tree(
     *,
     leak: Tensor | None = None,
     hidden_scale: Tensor | None = None,
+    prune: float = 0.0,
     trees: int = 1,
     node_activation: str = "identity",
     leaf_activation: str = "relu",
@@ -121,7 +133,9 @@ def soft_tree(
     out(node) = c * out(right child) + (1 - c) * out(left child), c = sigmoid(s), where
     s = <x, node_weight> + node_bias; a node with an output row adds act(s) * node_output.
     ``leak`` [..., K, n] (bool) turns c into 1 - c where it is true; ``hidden_scale``
-    [..., K, leaves, l] multiplies the hidden activations of the leaves (dropout).
+    [..., K, leaves, l] multiplies the hidden activations of the leaves (dropout). With ``prune``
+    the sum over the leaves is cut to those that :func:`prune_mixture` leaves of each tree, and so
+    are the gradients; nodes and the mixture that is returned are not.
     """
     logits = _all_scores(x, node_weight, node_bias, trees)
     c = torch.sigmoid(logits)
@@ -129,7 +143,8 @@ def soft_tree(
         c = torch.where(leak, 1 - c, c)
     reach, mixture = _spread(c, 1 - c)
     output = _sum_of_nodes(logits, reach, node_output, node_activation)
-    output = output + _sum_of_leaves(x, mixture, w1, b1, w2, b2, hidden_scale, leaf_activation)
+    kept = prune_mixture(mixture, prune)
+    output = output + _sum_of_leaves(x, kept, w1, b1, w2, b2, hidden_scale, leaf_activation)
     return SoftTreeOutput(output.to(x.dtype), logits.to(x.dtype), mixture.to(x.dtype))
 
 

@@ -302,16 +302,108 @@ inline void gated_activation_backward(const GatedActivation& p) {
   }
 }
 
+// Calls f(token, leaf) for every pair of a token and a leaf.
+template <typename F>
+void for_pairs(const SparseLeaves& p, const F& f) {
+  for (int64_t r = 0; r < p.run_count; ++r) {
+    for (int64_t i = 0; i < p.runs[r].count; ++i) {
+      f(p.tokens[p.runs[r].begin + i], p.runs[r].row);
+    }
+  }
+}
+
+// Row of leaf `leaf` in weights of `width`, or that of its neuron j.
+inline int64_t row_of(const TreeShape& s, int64_t leaf, int64_t j, int64_t width) {
+  return (leaf * s.leaf_width + j) * width;
+}
+
+inline double pre_activation(const SparseLeaves& p, int64_t token, int64_t leaf, int64_t j) {
+  const TreeShape& s = p.shape;
+  const double bias = p.weights.b1 ? doubles(p.weights.b1)[leaf * s.leaf_width + j] : 0;
+  return bias + dot(doubles(p.x) + token * s.input_width,
+                    doubles(p.weights.w1) + row_of(s, leaf, j, s.input_width), s.input_width);
+}
+
+inline void sparse_leaves(const SparseLeaves& p) {
+  const TreeShape& s = p.shape;
+  for_pairs(p, [&](int64_t token, int64_t leaf) {
+    const double weight = doubles(p.mixture)[token * p.leaves + leaf];
+    double* y = static_cast<double*>(p.output) + token * s.output_width;
+    for (int64_t j = 0; j < s.leaf_width; ++j) {
+      add(y, weight * value_of(p.activation, pre_activation(p, token, leaf, j)),
+          doubles(p.weights.w2) + row_of(s, leaf, j, s.output_width), s.output_width);
+    }
+    if (p.weights.b2) {
+      add(y, weight, doubles(p.weights.b2) + leaf * s.output_width, s.output_width);
+    }
+  });
+}
+
+inline void sparse_leaves_backward(const SparseLeaves& p) {
+  const TreeShape& s = p.shape;
+  const auto row = [](void* base, int64_t offset) { return static_cast<double*>(base) + offset; };
+  for_pairs(p, [&](int64_t token, int64_t leaf) {
+    const double weight = doubles(p.mixture)[token * p.leaves + leaf];
+    const double* g = doubles(p.grad_output) + token * s.output_width;
+    double* grad_weight = row(p.grad_mixture, token * p.leaves + leaf);
+    for (int64_t j = 0; j < s.leaf_width; ++j) {
+      const int64_t in = row_of(s, leaf, j, s.input_width);
+      const int64_t out = row_of(s, leaf, j, s.output_width);
+      const double pre = pre_activation(p, token, leaf, j);
+      const double value = value_of(p.activation, pre);
+      const double down = dot(g, doubles(p.weights.w2) + out, s.output_width);
+      const double grad_pre = down * weight * slope_of(p.activation, pre);
+      *grad_weight += down * value;
+      if (p.grad_x) {
+        add(row(p.grad_x, token * s.input_width), grad_pre, doubles(p.weights.w1) + in,
+            s.input_width);
+      }
+      if (p.grad_w1) {
+        add(row(p.grad_w1, in), grad_pre, doubles(p.x) + token * s.input_width, s.input_width);
+      }
+      if (p.grad_b1) {
+        *row(p.grad_b1, leaf * s.leaf_width + j) += grad_pre;
+      }
+      if (p.grad_w2) {
+        add(row(p.grad_w2, out), weight * value, g, s.output_width);
+      }
+    }
+    if (p.weights.b2) {
+      const int64_t out = leaf * s.output_width;
+      *grad_weight += dot(g, doubles(p.weights.b2) + out, s.output_width);
+      if (p.grad_b2) {
+        add(row(p.grad_b2, out), weight, g, s.output_width);
+      }
+    }
+  });
+}
+
+inline void sparse_linear_backward(const SparseLinearBackward& p) {
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    std::vector<double> grad_x(p.width);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const double g = doubles(p.grad_output)[token * p.rows + row];
+      add(grad_x.data(), g, doubles(p.weight) + row * p.width, p.width);
+      if (p.grad_weight) {
+        add(static_cast<double*>(p.grad_weight) + row * p.width, g, doubles(p.x) + token * p.width,
+            p.width);
+      }
+    }
+    if (p.grad_x) {
+      std::copy(grad_x.begin(), grad_x.end(), static_cast<double*>(p.grad_x) + token * p.width);
+    }
+  }
+}
+
 // Stands in for a kernel table; float64 only.
 inline cpu::Kernels table() {
-  return {tree_forward,
-          tree_backward,
-          leaf_mixture,
-          leaf_mixture_backward,
-          gated_activation,
-          gated_activation_backward,
-          /*path_gates=*/nullptr,
-          /*path_gates_backward=*/nullptr};  // tree_forward is the same function
+  return {
+      tree_forward,           tree_backward,
+      leaf_mixture,           leaf_mixture_backward,
+      gated_activation,       gated_activation_backward,
+      /*path_gates=*/nullptr, /*path_gates_backward=*/nullptr,  // tree_forward is the same function
+      sparse_leaves,          sparse_leaves_backward,
+      sparse_linear_backward};
 }
 
 }  // namespace fff::reference

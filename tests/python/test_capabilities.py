@@ -40,7 +40,8 @@ def solve(problem):
         gradients = torch.autograd.grad(hidden, (pre, logits), grad)
         return [mixture.detach(), hidden.detach(), *gradients]
     case = TreeCase(problem["tensors"], problem["options"])
-    result, gradients = case.gradients(functional.tree, *problem["grads"])
+    function = getattr(functional, problem["function"])
+    result, gradients = case.gradients(function, *problem["grads"])
     return [t.detach() for t in (*result, *gradients.values())]
 
 solved = {}
@@ -55,6 +56,15 @@ torch.save(solved, outputs)
 """
 
 
+def problem(case, function, grads):
+    return {
+        "tensors": case.tensors,
+        "options": case.options,
+        "function": function,
+        "grads": grads,
+    }
+
+
 def problems():
     """Inputs by name and dtype. Random numbers themselves depend on the instruction set."""
     for dtype in TOLERANCE:
@@ -64,8 +74,14 @@ def problems():
             )
             output, scores, _ = case.run(functional.tree)
             grads = [torch.randn_like(output), torch.randn_like(scores)]
-            problem = {"tensors": case.tensors, "options": case.options, "grads": grads}
-            yield (name, str(dtype)), problem
+            yield (name, str(dtype)), problem(case, "tree", grads)
+        pruned = {"levels": 5, "leaf_width": 9, "prune": 0.25, "leaf_activation": "gelu"}
+        case = make_case(dtype=dtype, tokens=(1500,), width=67, out=35, trees=2, **pruned)
+        # Multiples of 1/4: where a leaf comes or goes must not hang on rounding.
+        case.tensors["node_weight"].zero_()
+        case.tensors["node_bias"] = torch.where(case.tensors["node_bias"] > 0, 0.0, 50.0).to(dtype)
+        grads = [torch.randn(1500, 35).to(dtype), torch.randn(1500, 2, 31).to(dtype)]
+        yield ("pruned", str(dtype)), problem(case, "soft_tree", grads)
         soft = [torch.randn(1500, width).to(dtype) for width in (64 * 5, 63, 64 * 5)]
         yield ("soft", str(dtype)), soft
 
@@ -97,7 +113,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", [*TREES, "soft"])
+@pytest.mark.parametrize("name", [*TREES, "pruned", "soft"])
 def test_same_results(results, name, dtype):
     key = (name, str(dtype))
     for capability, found in results.items():
