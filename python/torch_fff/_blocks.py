@@ -53,6 +53,7 @@ class Block:
     kind: "mlp", "pair" or "gated".
     activation: the operators' name, or None for one that they don't know.
     replacement: what stands in for the block, or None.
+    discarded: whether the original weights are gone.
     """
 
     name: str
@@ -65,12 +66,13 @@ class Block:
     module_in: nn.Module  # h -> i
     module_out: nn.Module  # i -> h
     module_gate: nn.Module | None  # h -> i, its output goes through the activation
-    _home: nn.Module
+    home: nn.Module  # holds the block, before and after
     _key: str  # of the block among those of its home
     _seat: _Slot  # where the replacement goes
     _idle: list[_Slot]  # what has no work beside it
     _encoders: list[nn.Module]  # nn.TransformerEncoders whose nested tensors would bypass it
     replacement: nn.Module | None = field(default=None)
+    discarded: bool = field(default=False)
 
     @property
     def linear_in(self) -> Tensor:
@@ -126,41 +128,60 @@ class Block:
                 yield from module.parameters()
 
     def replace_with(self, module: nn.Module) -> None:
-        """Put ``module``, [..., h] -> [..., h], in the block's place.
+        """Put ``module``, [..., h] -> [..., h], in the block's place and mode.
 
         Raises:
             ValueError: the block is replaced already.
         """
         if self.replacement is not None:
             reject("replace_with", "block", f"{self.name} as it was", "a replaced one: restore it")
-        self._seat.fill(module)
+        self._seat.fill(module.train(self.home.training))
         for slot in self._idle:
             slot.fill(nn.Identity() if slot.stand_in is None else slot.stand_in)
         self.replacement = module
-        self._home.__dict__.setdefault(_RECORDS, {})[self._key] = self
+        self.home.__dict__.setdefault(_RECORDS, {})[self._key] = self
         for encoder in self._encoders:
             encoder.__dict__.setdefault("_used_nested_tensor", encoder.use_nested_tensor)
             encoder.use_nested_tensor = False  # type: ignore[assignment]
 
     def restore(self) -> None:
-        """Put the original modules back, on the replacement's device and in its dtype and mode.
+        """Put the original modules back, on the replacement's device and in its dtype.
 
         Does nothing to a block that is not replaced.
+
+        Raises:
+            ValueError: the original weights are discarded.
         """
         if self.replacement is None:
             return
+        if self.discarded:
+            reject("restore", "block", f"the original weights of {self.name}", "discarded ones")
         for slot in (self._seat, *self._idle):
             if isinstance(slot.original, nn.Module):
                 _follow(slot.original, self.replacement)
+                slot.original.train(self.home.training)
             slot.fill(slot.original)
         self.replacement = None
-        records = self._home.__dict__[_RECORDS]
+        records = self.home.__dict__[_RECORDS]
         del records[self._key]
         if not records:
-            del self._home.__dict__[_RECORDS]
+            del self.home.__dict__[_RECORDS]
         for encoder in self._encoders:
             if not any(_RECORDS in layer.__dict__ for layer in encoder.modules()):
                 encoder.use_nested_tensor = encoder.__dict__.pop("_used_nested_tensor")
+
+    def discard(self) -> None:
+        """Give the memory of the original weights back; only their shapes stay.
+
+        Raises:
+            ValueError: the block is not replaced.
+        """
+        if self.replacement is None:
+            reject("discard", "block", "a replaced one", self.name)
+        for module in (self.module_in, self.module_gate, self.module_out):
+            if module is not None:
+                module.to("meta")
+        self.discarded = True
 
 
 def find_feedforward(model: nn.Module) -> list[Block]:
@@ -202,11 +223,8 @@ def _mlp(module: nn.Module, encoders: list[nn.Module]) -> Block | None:
         between = []
     if activation is None or not _there_and_back(first, last):
         return None
-    hidden, width = _weight(first).shape
-    others = (p for p in module.parameters() if hidden != width and p.dim() == 1)
-    own = {first.bias, last.bias}
-    if any(p.numel() == hidden and p not in own for p in others):
-        return None  # such as a norm of the hidden neurons
+    if _changes_hidden(module, first):
+        return None
     idle = [_slot(module, name) for name in (activation, name_out, *between)]
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         idle.append(_slot(module, "dropout"))  # of the hidden neurons
@@ -222,12 +240,13 @@ def _pair(module: nn.Module) -> Block | None:
     for one, other in pairwise(module.children()):
         linear_in, linear_out = _linear_children(one), _linear_children(other)
         activation = _activation_attribute(one)
-        if len(linear_in) != 1 or len(linear_out) != 1 or activation is None:
+        if activation is None or _activation_attribute(other) is not None:
+            continue
+        if len(linear_in) != 1 or len(linear_out) != 1:
             continue
         ((name_in, first),) = linear_in.items()
         ((name_out, last),) = linear_out.items()
-        alone = len(list(one.parameters())) == len(list(first.parameters()))
-        if not alone or not _there_and_back(first, last):
+        if _changes_hidden(one, first) or not _there_and_back(first, last):
             continue
         function = getattr(one, activation)
         idle = [_slot(one, activation), _slot(other, name_out)]
@@ -281,7 +300,7 @@ def _block(
         module_in=first,
         module_out=last,
         module_gate=gate,
-        _home=home,
+        home=home,
         _key=key,
         _seat=seat,
         _idle=idle,
@@ -319,6 +338,14 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _there_and_back(first: nn.Module, last: nn.Module) -> bool:
     return _weight(first).shape == _weight(last).shape[::-1]
+
+
+def _changes_hidden(module: nn.Module, first: nn.Module) -> bool:
+    """Whether something else than the linear maps has a weight for each hidden neuron: a norm."""
+    hidden, width = _weight(first).shape
+    own = {id(p) for child in _linear_children(module).values() for p in child.parameters()}
+    others = (p for p in module.parameters() if id(p) not in own)
+    return hidden != width and any(p.shape == (hidden,) for p in others)
 
 
 def _activation_attribute(module: nn.Module) -> str | None:
@@ -359,4 +386,3 @@ def _follow(module: nn.Module, leader: nn.Module) -> None:
     parameter = next(leader.parameters(), None)
     if parameter is not None:
         module.to(device=parameter.device, dtype=parameter.dtype)
-    module.train(leader.training)
