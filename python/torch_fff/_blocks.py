@@ -56,23 +56,29 @@ class Block:
     discarded: whether the original weights are gone.
     """
 
-    name: str
     kind: str
-    activation: str | None
     activation_function: Callable[[Tensor], Tensor]
-    input_width: int
-    intermediate_width: int
-    output_width: int
     module_in: nn.Module  # h -> i
     module_out: nn.Module  # i -> h
-    module_gate: nn.Module | None  # h -> i, its output goes through the activation
     home: nn.Module  # holds the block, before and after
-    _key: str  # of the block among those of its home
     _seat: _Slot  # where the replacement goes
-    _idle: list[_Slot]  # what has no work beside it
-    _encoders: list[nn.Module]  # nn.TransformerEncoders whose nested tensors would bypass it
-    replacement: nn.Module | None = field(default=None)
-    discarded: bool = field(default=False)
+    _idle: list[_Slot] = field(default_factory=list)  # what has no work beside it
+    module_gate: nn.Module | None = None  # h -> i, its output goes through the activation
+    _key: str = ""  # of the block among those of its home
+    # nn.TransformerEncoders whose nested tensors would bypass the replacement
+    _encoders: list[nn.Module] = field(default_factory=list)
+    name: str = ""
+    replacement: nn.Module | None = None
+    discarded: bool = False
+    activation: str | None = field(init=False)
+    input_width: int = field(init=False)
+    intermediate_width: int = field(init=False)
+    output_width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.activation = recognise_activation(self.activation_function)
+        self.intermediate_width, self.input_width = _weight(self.module_in).shape
+        self.output_width = len(_weight(self.module_out))
 
     @property
     def linear_in(self) -> Tensor:
@@ -231,9 +237,8 @@ def _mlp(module: nn.Module, encoders: list[nn.Module]) -> Block | None:
     if hasattr(module, "activation_relu_or_gelu"):
         # The fused inference kernel takes the linear maps' weights; for 0 it is not taken.
         idle.append(_slot(module, "activation_relu_or_gelu", 0))
-    function = getattr(module, activation)
-    seat = _slot(module, name_in)
-    return _block("mlp", function, first, last, None, module, "", seat, idle, encoders)
+    function, seat = getattr(module, activation), _slot(module, name_in)
+    return Block("mlp", function, first, last, module, seat, idle, _encoders=encoders)
 
 
 def _pair(module: nn.Module) -> Block | None:
@@ -248,10 +253,9 @@ def _pair(module: nn.Module) -> Block | None:
         ((name_out, last),) = linear_out.items()
         if _changes_hidden(one, first) or not _there_and_back(first, last):
             continue
-        function = getattr(one, activation)
+        function, seat = getattr(one, activation), _slot(one, name_in)
         idle = [_slot(one, activation), _slot(other, name_out)]
-        seat = _slot(one, name_in)
-        return _block("pair", function, first, last, None, module, "", seat, idle, [])
+        return Block("pair", function, first, last, module, seat, idle)
     return None
 
 
@@ -270,42 +274,9 @@ def _gated(home: nn.Module, key: str, module: nn.Module) -> Block | None:
             name_gate = next((name for name in inner if "gate" in name), min(inner))
             gate = inner.pop(name_gate)
             (first,) = inner.values()
-            function = getattr(module, activation)
-            seat = _slot(home, key)
-            return _block("gated", function, first, last, gate, home, key, seat, [], [])
+            function, seat = getattr(module, activation), _slot(home, key)
+            return Block("gated", function, first, last, home, seat, module_gate=gate, _key=key)
     return None
-
-
-def _block(
-    kind: str,
-    function: Callable[[Tensor], Tensor],
-    first: nn.Module,
-    last: nn.Module,
-    gate: nn.Module | None,
-    home: nn.Module,
-    key: str,
-    seat: _Slot,
-    idle: list[_Slot],
-    encoders: list[nn.Module],
-) -> Block:
-    hidden, width = _weight(first).shape
-    return Block(
-        name="",
-        kind=kind,
-        activation=recognise_activation(function),
-        activation_function=function,
-        input_width=width,
-        intermediate_width=hidden,
-        output_width=len(_weight(last)),
-        module_in=first,
-        module_out=last,
-        module_gate=gate,
-        home=home,
-        _key=key,
-        _seat=seat,
-        _idle=idle,
-        _encoders=encoders,
-    )
 
 
 def _slot(owner: nn.Module, name: str, stand_in: Any = None) -> _Slot:

@@ -46,7 +46,8 @@ def write_config(model: nn.Module) -> None:
 
 
 def load_pretrained(model_class: Any, path: Any, **arguments: Any) -> Any:
-    """Load a replaced model that ``save_pretrained`` wrote.
+    """Load a replaced model that ``save_pretrained`` wrote: ``from_pretrained``, which alone would
+    build dense blocks, with the layers that the model's config tells.
 
         model.save_pretrained(path)
         model = load_pretrained(AutoModelForMaskedLM, path)

@@ -128,3 +128,12 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected a model with the block bert.*DistilBertModel"):
         load_pretrained(transformers.AutoModel, tmp_path)
+
+
+@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=repr)
+def test_generation_token_by_token_is_that_of_the_whole_text(family: Family) -> None:
+    model = family.make()
+    replace_feedforward(model, depth=3)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(family.input(), use_cache=True, **options)
+    assert torch.equal(cached, model.generate(family.input(), use_cache=False, **options))
