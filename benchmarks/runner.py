@@ -22,7 +22,8 @@ from .timing import Call, Effort, measure
 _ROTATED_TOKENS = 4096  # different tokens in turn, so that no contender keeps meeting one path
 _MOST_INPUTS = 256
 _FEWEST_INPUTS = 3
-_ROUNDS_OF_MODELS, _BUDGET_OF_MODELS = 7, 6.0  # there are many, and a call may take seconds
+# There are many contenders, and a call may take seconds, in a quick run, too.
+_ROUNDS_OF_MODELS, _BUDGET_OF_MODELS, _LIMIT_OF_MODELS = 7, 6.0, 60.0
 _UNWANTED = "not wanted in this run"
 
 
@@ -102,6 +103,7 @@ def _run_model(case: ModelCase, options: Options, result: CaseResult) -> None:
         options.effort,
         rounds=min(options.effort.rounds, _ROUNDS_OF_MODELS),
         budget=min(options.effort.budget, _BUDGET_OF_MODELS),
+        limit=_LIMIT_OF_MODELS,
     )
     _time(result, models.calls(case, contenders), inputs, effort)
 

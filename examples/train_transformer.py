@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Contender:
     neurons_all: int
     losses: list[float] = field(default_factory=list)  # validation, after each round
     seconds: list[float] = field(default_factory=list)  # of training, up to then
-    inference: float = 0.0  # seconds of a batch
+    inference: float = math.inf  # seconds of a batch
 
     def seconds_to(self, loss: float) -> float | None:
         """Of training until the validation loss came down to ``loss``, between rounds linearly."""
@@ -66,8 +67,7 @@ def main() -> None:
     print(f"{data.name}: {len(data.training):,} bytes, {len(data.validation):,} for validation")
     contenders = all_contenders(arguments.seed)
     train_in_turns(contenders, data, arguments.steps, arguments.seed)
-    for contender in contenders:
-        contender.inference = inference_seconds(contender.model, data)
+    time_inference(contenders, data)
 
     worst = max(contender.losses[-1] for contender in contenders)
     results = results_table(contenders, worst)
@@ -166,16 +166,16 @@ def validation_loss(model: nn.Module, data: text.Text) -> float:
 
 
 @torch.inference_mode()
-def inference_seconds(model: nn.Module, data: text.Text) -> float:
-    """The fastest of some batches."""
-    model.eval()
-    seconds = []
+def time_inference(contenders: list[Contender], data: text.Text) -> None:
+    """The fastest of some batches each, in turns."""
     for seed in range(20):
         x, _ = text.windows(data.validation, BATCH, LENGTH, seed)
-        begin = time.perf_counter()
-        model(x)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+        for contender in contenders:
+            contender.model.eval()
+            begin = time.perf_counter()
+            contender.model(x)
+            seconds = time.perf_counter() - begin
+            contender.inference = min(contender.inference, seconds)
 
 
 def results_table(contenders: list[Contender], loss: float) -> str:

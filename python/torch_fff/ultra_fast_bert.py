@@ -89,7 +89,7 @@ def load_ultra_fast_bert(path: str | Path) -> Any:
         hidden_act=arch["nonlin"].lower(),
         hidden_dropout_prob=arch["hidden_dropout_prob"],
         attention_probs_dropout_prob=attention["dropout_prob"],
-        layer_norm_eps=arch["norm_eps"],
+        layer_norm_eps=float(arch["norm_eps"]),
         max_position_embeddings=embedding["max_seq_length"] + padding + 1,
         type_vocab_size=1,
         pad_token_id=padding,
