@@ -117,3 +117,35 @@ class Case:
         nodes = self.trees * ((1 << self.levels) - 1)
         inputs = nodes + self.leaves * self.leaf_width
         return (inputs * self.input_width + self.neurons * self.output_width) * self.itemsize
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A BERT encoder whose feedforward blocks are trees: ``trees`` of ``depth`` in each layer.
+
+    step: "forward" (inference mode) or "training" (forward, and backward to all weights).
+    baselines: names of models.CONTENDERS.
+    long: takes minutes, so that a quick run leaves it out.
+    """
+
+    suite: str
+    batch: int
+    sequence: int
+    trees: int = 1
+    depth: int = 11
+    step: str = FORWARD
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 30522
+    long: bool = False
+    baselines: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        step = "" if self.step == FORWARD else f"-{self.step}"
+        return f"{self.suite}/{self.trees}x{self.depth}-b{self.batch}-s{self.sequence}{step}"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence

@@ -12,16 +12,19 @@ import torch
 import torch_fff
 
 from .baselines import BASELINES
-from .case import Case
+from .case import Case, ModelCase
 from .floors import best_of, measure_floors
 from .machine import Machine
 from .malloc import keeps_memory
+from .models import CONTENDERS
 from .results import CaseResult, Report
 from .roofline import floor_seconds
 from .runner import Options, run_case
 from .suites import SUITES, select
 from .text import ratio, seconds
 from .timing import FULL, QUICK
+
+_COMPILED = [name for name in (*BASELINES, *CONTENDERS) if name.endswith("-compiled")]
 
 
 def list_cases(patterns: list[str]) -> int:
@@ -31,19 +34,22 @@ def list_cases(patterns: list[str]) -> int:
         if cases:
             print(f"{suite.name}: {suite.question}")
             print("".join(f"    {case.name}\n" for case in cases))
-    print("baselines:")
-    for name, baseline in BASELINES.items():
-        print(f"    {name:16} {baseline.summary}")
+    for what, known in (("baselines", BASELINES), ("baselines of whole models", CONTENDERS)):
+        print(f"{what}:")
+        for name, baseline in known.items():
+            print(f"    {name:20} {baseline.summary}")
     return 0
 
 
 def run(patterns: list[str], quick: bool, threads: int, skip: list[str], out: Path) -> int:
     """The exit status: 1 if any case failed."""
     cases = select(patterns)
+    if quick:
+        cases = [case for case in cases if not (isinstance(case, ModelCase) and case.long)]
     if not cases:
         print(f"benchmarks: no case fits {' '.join(patterns)}", file=sys.stderr)
         return 2
-    unknown = sorted(set(skip) - set(BASELINES))
+    unknown = sorted(set(skip) - set(BASELINES) - set(CONTENDERS))
     if unknown:
         print(f"benchmarks: --skip: no such baseline: {', '.join(unknown)}", file=sys.stderr)
         return 2
@@ -53,21 +59,23 @@ def run(patterns: list[str], quick: bool, threads: int, skip: list[str], out: Pa
     options = Options(
         effort=QUICK if quick else FULL,
         # Compiling takes longer than everything else in a quick run.
-        skip=frozenset([*skip, "dense-compiled"] if quick else skip),
+        skip=frozenset([*skip, *_COMPILED] if quick else skip),
     )
     print(f"{report.machine.processor}, {report.threads} threads, writing {out}")
     report.floors.append(measure_floors(report.machine.caches))
     floors = report.floors[0]
     for number, case in enumerate(cases, 1):
         result = run_case(case, options)
-        result.floor = floor_seconds(case, floors, report.machine, report.threads)
+        if isinstance(case, Case):
+            result.floor = floor_seconds(case, floors, report.machine, report.threads)
         report.cases.append(result)
         report.save(out)  # a long run that is interrupted keeps what it has
         print(f"[{number}/{len(cases)}] {_line(case, result)}", flush=True)
     report.floors.append(measure_floors(report.machine.caches))
     floors = best_of(report.floors)
     for result in report.cases:
-        result.floor = floor_seconds(result.case, floors, report.machine, report.threads)
+        if isinstance(result.case, Case):
+            result.floor = floor_seconds(result.case, floors, report.machine, report.threads)
     report.save(out)
     return _conclude(report)
 
@@ -93,14 +101,14 @@ def _new_report(quick: bool) -> Report:
     )
 
 
-def _line(case: Case, result: CaseResult) -> str:
+def _line(case: Case | ModelCase, result: CaseResult) -> str:
     if result.ours is None:
         return f"{case.name}: FAILED: {result.error}"
     line = f"{case.name}: {seconds(result.ours.median)}"
     if result.speedup is not None and result.best_dense is not None:
         dense = seconds(result.timings[result.best_dense].median)
         line += f", {result.best_dense} {dense}: {ratio(result.speedup)}"
-    return line + f", floor {seconds(result.floor)}"
+    return line + (f", floor {seconds(result.floor)}" if result.floor else "")
 
 
 def _conclude(report: Report) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .case import Case
+from .case import Case, ModelCase
 from .floors import Floors
 from .machine import Machine
 from .timing import Timing
@@ -15,6 +15,7 @@ from .timing import Timing
 SCHEMA = 1
 OURS = "ours"
 DENSE = ("dense-eager", "dense-compiled", "dense-onednn")
+NO_FEEDFORWARD = "no-feedforward"
 
 
 @dataclass
@@ -22,11 +23,11 @@ class CaseResult:
     """timings: by contender, "ours" among them.
     skipped: by contender, the reason why it has no timing.
     deviations: from the reference, relative; by tensor.
-    floor: seconds that the machine's floors allow, see roofline.py.
+    floor: seconds that the machine's floors allow, see roofline.py; 0 for a whole model.
     error: why there is no result; "" where there is one.
     """
 
-    case: Case
+    case: Case | ModelCase
     timings: dict[str, Timing] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
@@ -106,4 +107,5 @@ def _case_result(entry: dict[str, Any]) -> CaseResult:
     case = entry.pop("case")
     case["baselines"] = tuple(case["baselines"])
     timings = {name: Timing(**timing) for name, timing in entry.pop("timings").items()}
-    return CaseResult(case=Case(**case), timings=timings, **entry)
+    kind = ModelCase if "batch" in case else Case
+    return CaseResult(case=kind(**case), timings=timings, **entry)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers
+from . import layers, models
 from .baselines import BASELINES
-from .case import FORWARD, TRAINING, Case
+from .case import FORWARD, TRAINING, Case, ModelCase
 from .check import Mismatch, Sample, check_baseline, check_forward, check_training
 from .layers import Layer
 from .memory import free_bytes, peak_bytes
@@ -22,6 +22,9 @@ from .timing import Call, Effort, measure
 _ROTATED_TOKENS = 4096  # different tokens in turn, so that no contender keeps meeting one path
 _MOST_INPUTS = 256
 _FEWEST_INPUTS = 3
+# There are many contenders, and a call may take seconds, in a quick run, too.
+_ROUNDS_OF_MODELS, _BUDGET_OF_MODELS, _LIMIT_OF_MODELS = 7, 6.0, 60.0
+_UNWANTED = "not wanted in this run"
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,20 @@ class Options:
     skip: frozenset[str] = frozenset()
 
 
-def run_case(case: Case, options: Options) -> CaseResult:
+def run_case(case: Case | ModelCase, options: Options) -> CaseResult:
     """Never raises for what goes wrong within the case: the result tells."""
     result = CaseResult(case)
-    needed = _needed_bytes(case)
+    whole = isinstance(case, ModelCase)
+    needed = models.needed_bytes(case) if whole else _needed_bytes(case)
     if needed > free_bytes():
         result.error = f"needs {_gigabytes(needed)}, free are {_gigabytes(free_bytes())}"
         return result
     try:
-        _run(case, options, result)
+        _run_model(case, options, result) if whole else _run(case, options, result)
     except Exception as error:
         result.error = _described(error)
     finally:
-        if "dense-compiled" in case.baselines:
+        if any(name.endswith("-compiled") for name in case.baselines):
             torch.compiler.reset()
         gc.collect()
     return result
@@ -71,15 +75,49 @@ def _run(case: Case, options: Options, result: CaseResult) -> None:
     calls: dict[str, Sequence[Call]] = {
         name: _calls(case, modules) for name, modules in contenders.items()
     }
-    with torch.inference_mode(case.step == FORWARD):
-        outcomes = measure(calls, inputs, options.effort)
+    _time(result, calls, inputs, options.effort)
+    if case.memory:
+        for name, timing in result.timings.items():
+            peak = _peak_bytes(calls[name][0], contenders, inputs)
+            result.timings[name] = replace(timing, peak_bytes=peak)
+
+
+def _run_model(case: ModelCase, options: Options, result: CaseResult) -> None:
+    inputs = models.inputs(case)
+    dense = models.build(case)
+    tested = models.with_trees(case, dense, case.trees, case.depth)
+    result.deviations, samples = models.check(case, tested, inputs[0])
+    built = models.Built(case, dense, models.distilbert(case), tested, samples)
+    contenders = {OURS: tested}
+    for name in case.baselines:
+        if name in options.skip:
+            result.skipped[name] = _UNWANTED
+            continue
+        try:
+            contenders[name] = models.CONTENDERS[name].build(built)
+        except Mismatch:
+            raise
+        except Exception as error:
+            result.skipped[name] = _described(error)
+    effort = replace(
+        options.effort,
+        rounds=min(options.effort.rounds, _ROUNDS_OF_MODELS),
+        budget=min(options.effort.budget, _BUDGET_OF_MODELS),
+        limit=_LIMIT_OF_MODELS,
+    )
+    _time(result, models.calls(case, contenders), inputs, effort)
+
+
+def _time(
+    result: CaseResult, calls: dict[str, Sequence[Call]], inputs: list[Any], effort: Effort
+) -> None:
+    with torch.inference_mode(result.case.step == FORWARD):
+        outcomes = measure(calls, inputs, effort)
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
             result.skipped[name] = outcome
-            continue
-        if case.memory:
-            outcome = replace(outcome, peak_bytes=_peak_bytes(calls[name][0], contenders, inputs))
-        result.timings[name] = outcome
+        else:
+            result.timings[name] = outcome
     if result.ours is None:
         result.error = result.skipped.pop(OURS)
 
@@ -101,7 +139,7 @@ def _inputs(case: Case) -> list[Any]:
 
 def _unfit(name: str, case: Case, options: Options) -> str:
     if name in options.skip:
-        return "not wanted in this run"
+        return _UNWANTED
     baseline = BASELINES[name]
     reason = baseline.unfit(case)
     needed = baseline.needs(case) * case.layers

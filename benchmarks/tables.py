@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .case import ModelCase
 from .floors import best_of
-from .results import OURS, CaseResult, Report
+from .results import DENSE, NO_FEEDFORWARD, OURS, CaseResult, Report
 from .suites import SUITES
 from .suites.suite import NARROW
 from .text import digits, ratio, seconds
 
+_DISTILBERT = ("distilbert", "distilbert-compiled")
 _DERIVED = ("dense-eager", "dense-compiled", "dense-onednn", *NARROW)
 
 
@@ -19,6 +21,9 @@ def suite_table(name: str, report: Report) -> str:
     results = [result for result in report.cases if result.case.suite == name]
     if not results:
         return ""
+    if isinstance(results[0].case, ModelCase):
+        table = _models_table(results)
+        return "\n".join([_origin(report), "", table, *_left_out(results)])
     others = [
         baseline
         for baseline in dict.fromkeys(b for result in results for b in result.case.baselines)
@@ -42,6 +47,40 @@ def suite_table(name: str, report: Report) -> str:
         row += [_per_neuron(result)] if SUITES[name].per_neuron else []
         rows.append(row)
     return "\n".join([_origin(report), "", _markdown(head, rows), *_left_out(results)])
+
+
+def _models_table(results: list[CaseResult]) -> str:
+    others = list(dict.fromkeys(name for r in results for name in r.case.baselines))
+    others.remove(NO_FEEDFORWARD)
+    head = ["case", "ours", *others, "speed-up over dense", "over DistilBERT"]
+    head += ["without feedforward", "share of dense-eager", "limit of the speed-up"]
+    rows = []
+    for result in results:
+        case = result.case.name.removeprefix(f"{result.case.suite}/")
+        if result.ours is None:
+            rows.append([case, result.error, *[""] * (len(head) - 2)])
+            continue
+        row = [case, _spread(result), *(_time(result, name) for name in others)]
+        row += [_gain(result, DENSE), _gain(result, _DISTILBERT)]
+        rows.append([*row, *_limit(result)])
+    return _markdown(head, rows)
+
+
+def _gain(result: CaseResult, names: tuple[str, ...]) -> str:
+    """Of the fastest form of ours, eager or compiled, over the fastest of ``names``."""
+    ours, other = result.fastest((OURS, "ours-compiled")), result.fastest(names)
+    if ours is None or other is None:
+        return "-"
+    return _bold_if_slower(result.timings[other].median / result.timings[ours].median)
+
+
+def _limit(result: CaseResult) -> list[str]:
+    """Time without feedforward blocks, its share, and what trees that cost nothing would gain."""
+    rest, dense = (result.timings.get(name) for name in (NO_FEEDFORWARD, "dense-eager"))
+    if rest is None or dense is None:
+        return ["-", "-", "-"]
+    share = rest.median / dense.median
+    return [seconds(rest.median), f"{100 * share:.0f} %", ratio(1 / share)]
 
 
 def put_into(document: str, reports: list[Report]) -> str:
@@ -131,9 +170,10 @@ def _best_dense(result: CaseResult) -> str:
 
 
 def _speedup(result: CaseResult) -> str:
-    speedup = result.speedup
-    if speedup is None:
-        return "-"
+    return "-" if result.speedup is None else _bold_if_slower(result.speedup)
+
+
+def _bold_if_slower(speedup: float) -> str:
     return ratio(speedup) if speedup >= 1 else f"**{ratio(speedup)}, slower**"
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from ..case import Case
+from ..case import Case, ModelCase
 from . import (
+    bert,
     depth,
     forward,
     leaves,
@@ -28,19 +29,20 @@ _MODULES = (
     prune,
     paper_2311_10770,
     paper_2308_14711,
+    bert,
 )
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
 
 __all__ = ["SUITES", "Plot", "Suite", "select"]
 
 
-def select(patterns: list[str]) -> list[Case]:
+def select(patterns: list[str]) -> list[Case | ModelCase]:
     """Cases whose suite is named, or whose name fits as a glob or contains the pattern.
 
     All cases if there is no pattern.
     """
 
-    def wanted(case: Case) -> bool:
+    def wanted(case: Case | ModelCase) -> bool:
         return not patterns or any(
             case.suite == pattern
             or fnmatchcase(case.name, pattern)

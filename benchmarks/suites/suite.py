@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..case import Case
+from ..case import Case, ModelCase
 
 DENSE = ("dense-eager", "dense-compiled", "dense-onednn")
 NARROW = ("narrow-eager", "narrow-onednn")
@@ -25,6 +25,6 @@ class Suite:
 
     name: str
     question: str
-    cases: tuple[Case, ...]
+    cases: tuple[Case | ModelCase, ...]
     plots: tuple[Plot, ...]
     per_neuron: bool = False

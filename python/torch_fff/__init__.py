@@ -6,9 +6,23 @@ load()  # the modules below use the operators
 
 from . import _fake, _vmap, functional, optim  # noqa: E402, F401
 from .fff import FFF  # noqa: E402
+from .hugging_face import load_pretrained  # noqa: E402
 from .losses import hardening_loss  # noqa: E402
+from .replace import replace_feedforward, restore_feedforward  # noqa: E402
+from .ultra_fast_bert import load_ultra_fast_bert  # noqa: E402
 from .ultra_fff import UltraFFF  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["FFF", "UltraFFF", "cmake_prefix_path", "functional", "hardening_loss", "optim"]
+__all__ = [
+    "FFF",
+    "UltraFFF",
+    "cmake_prefix_path",
+    "functional",
+    "hardening_loss",
+    "load_pretrained",
+    "load_ultra_fast_bert",
+    "optim",
+    "replace_feedforward",
+    "restore_feedforward",
+]

@@ -11,12 +11,13 @@ _transforms_active = torch._C._are_functorch_transforms_active
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for x [tokens, in]; where ATen's product is not the fastest there is, by our op.
+    """F.linear; where ATen's product is not the fastest there is, by our op, for x [tokens, in].
 
     The op has no rules for autocast and torch.func; ATen's product has.
     """
     if (
-        x.is_cpu
+        x.dim() == 2
+        and x.is_cpu
         and x.dtype == torch.float32
         and not (_transforms_active() or torch.is_autocast_enabled("cpu"))
     ):

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import commands, layers
+from benchmarks import commands, layers, models
 from benchmarks.baselines import BASELINES
 from benchmarks.baselines.dense import Dense
-from benchmarks.case import NONE, SOFT, STRAIGHT_THROUGH, TRAINING, Case
+from benchmarks.case import NONE, SOFT, STRAIGHT_THROUGH, TRAINING, Case, ModelCase
 from benchmarks.compare import compare, compare_files
 from benchmarks.floors import Floors, best_of
 from benchmarks.machine import Machine
@@ -35,6 +35,17 @@ EFFORT = Effort(rounds=3, turn=1e-4, budget=0.01, limit=5.0)
 UNCOMPILED = tuple(name for name in BASELINES if name != "dense-compiled")
 NEURONS = Case("tiny", 3, 7, trees=2, input_width=12, output_width=10)
 LEAVES = Case("tiny", 3, 7, leaf_width=3, input_width=12, output_width=10)
+MODEL = ModelCase(
+    "bert",
+    2,
+    5,
+    depth=3,
+    layers=2,
+    width=16,
+    heads=2,
+    vocabulary=50,
+    baselines=tuple(name for name in models.CONTENDERS if not name.endswith("-compiled")),
+)
 FLOORS = Floors(
     {"float32": 1e11, "bfloat16": 2e11}, {"L2": 4e11, "L3": 2e11, "DRAM": 2e10}, 1e10, 2e-6
 )
@@ -67,9 +78,10 @@ def test_every_case_has_a_name_of_its_own() -> None:
 def test_suites_are_consistent(suite) -> None:
     for case in suite.cases:
         assert case.suite == suite.name
-        assert set(case.baselines) <= set(BASELINES)
+        known = models.CONTENDERS if isinstance(case, ModelCase) else BASELINES
+        assert set(case.baselines) <= set(known)
         assert set(case.baselines) & set(DENSE), f"{case.name} has no dense baseline"
-        assert case.memory <= (case.step == TRAINING)
+        assert getattr(case, "memory", False) <= (case.step == TRAINING)
     for plot in suite.plots:
         assert plot.y in ("seconds", "speedup")
         assert all(getattr(case, plot.x) > 0 for case in suite.cases)
@@ -245,6 +257,61 @@ def test_baseline_that_cannot_be_built_is_left_out_with_its_reason(
     assert result.skipped["masked"] == "not wanted in this run"
     assert set(result.timings) == {OURS}
     assert result.speedup is None
+
+
+@pytest.mark.parametrize("case", [MODEL, replace(MODEL, step=TRAINING)], ids=["eval", "train"])
+def test_whole_models_are_checked_and_timed(case: ModelCase, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = run_case(case, Options(EFFORT))
+    assert result.error == ""
+    assert set(result.timings) == {OURS, *case.baselines}
+    assert {"first output", "last output"} <= set(result.deviations)
+    assert ("first grad x" in result.deviations) == (case.step == TRAINING)
+    whole = replace(report(1e-5), cases=[result])
+    whole.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == whole
+
+
+def test_whole_models_have_what_they_claim() -> None:
+    pytest.importorskip("transformers")
+    dense = models.build(MODEL)
+    ours, distilbert = models.with_trees(MODEL, dense, 1, 3), models.distilbert(MODEL)
+    built = models.Built(MODEL, dense, distilbert, ours, [])
+    ids = models.inputs(MODEL)[0]
+    weights = {id(parameter) for parameter in dense.parameters()}
+    with torch.no_grad():
+        expected = built.ours(ids)[0]
+        masked = models.CONTENDERS["ours-masked"].build(built)
+        torch.testing.assert_close(masked(ids)[0], expected)
+        rest = models.CONTENDERS["no-feedforward"].build(built)
+    for model in (built.ours, rest):
+        assert sum(id(parameter) in weights for parameter in model.parameters()) == 5 + 2 * 12
+    assert len(list(rest.parameters())) == 5 + 2 * 12
+
+
+def test_wrong_blocks_of_a_model_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    build = models.with_trees
+
+    def broken(*arguments: object) -> torch.nn.Module:
+        model = build(*arguments)
+        last = model.encoder.layer[-1].intermediate.dense
+        last.register_forward_hook(lambda module, args, output: 1.01 * output)
+        return model
+
+    monkeypatch.setattr(models, "with_trees", broken)
+    result = run_case(MODEL, Options(EFFORT))
+    assert result.error.startswith("Mismatch: output: expected a deviation of at most")
+    assert not result.timings
+
+
+def test_table_of_models_states_the_limit() -> None:
+    timings = {OURS: timing(2e-3), "dense-eager": timing(6e-3), "distilbert": timing(1e-3)}
+    timings["no-feedforward"] = timing(1.5e-3)
+    whole = replace(report(1.0), cases=[CaseResult(MODEL, timings)])
+    line = suite_table("bert", whole).splitlines()[-1]
+    assert line.startswith("| 1x3-b2-s5 | 2.00 ms ± 2 % | 6.00 ms | 1.00 ms |")
+    assert line.endswith("| 3.00x | **0.50x, slower** | 1.50 ms | 25 % | 4.00x |")
 
 
 def test_run_writes_a_report_and_tells_failure(
