@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+
+import torch_fff
 from dense_baselines import LowRank, OracleTopK, Pruned
 from minilm import MiniLM, agreement
 from report import table
 from sentences import read_sentences
-from torch import nn
-
-import torch_fff
 from torch_fff._blocks import Block, find_feedforward
 from torch_fff.convert import ConversionReport
 

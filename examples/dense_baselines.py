@@ -1,4 +1,4 @@
-"""What one would try before trees, on one dense block: modules with a fraction of its multiplies."""
+"""What one would try before trees on a dense block: modules with a fraction of its multiplies."""
 
 from __future__ import annotations
 

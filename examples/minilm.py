@@ -62,7 +62,5 @@ class MiniLM:
 def agreement(vectors: Tensor, reference: Tensor) -> float:
     """Spearman's correlation of the cosines of all pairs of sentences."""
     first, second = torch.triu_indices(len(vectors), len(vectors), 1)
-    ranks = [
-        (v @ v.T)[first, second].argsort().argsort().double() for v in (vectors, reference)
-    ]
+    ranks = [(v @ v.T)[first, second].argsort().argsort().double() for v in (vectors, reference)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
