@@ -10,31 +10,27 @@ the fraction of the feedforward blocks' multiplies that is left.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import BertModel
 
 import torch_fff
 from dense_baselines import LowRank, OracleTopK, Pruned
-from minilm import MiniLM, agreement
+from minilm import MiniLM, agreement, embed
 from report import table
 from sentences import read_sentences
-from torch_fff._blocks import Block, find_feedforward
 from torch_fff.convert import ConversionReport
 
 TREES = "trees"
 NARROW = "narrow dense, distilled"
 CONVERTED = {TREES: 4, NARROW: 0}  # depth: the second is the same with one leaf
-REPLACED: dict[str, Callable[[Block, float], nn.Module]] = {
-    "oracle top-k": OracleTopK,
-    "pruned by norm": Pruned,
-    "low rank": LowRank,
-}
+REPLACED = {"oracle top-k": OracleTopK, "pruned by norm": Pruned, "low rank": LowRank}
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,16 @@ def main() -> None:
     sentences, unseen = read_sentences()
     calibration = minilm.batches(sentences[: settings.calibration])
     held_out = minilm.batches(unseen[: settings.held_out])
-    original = minilm.embed(held_out)
+    original = embed(minilm.model, held_out)
 
     scores: dict[str, list[float]] = {name: [] for name in (*CONVERTED, *REPLACED)}
     conversions: dict[str, list[ConversionReport]] = {name: [] for name in CONVERTED}
     for fraction in settings.fractions:
         for name in scores:
+            model = copy.deepcopy(minilm.model)
             if name in CONVERTED:
                 report = torch_fff.convert(
-                    minilm.model,
+                    model,
                     calibration,
                     fraction=fraction,
                     depth=CONVERTED[name],
@@ -82,11 +79,8 @@ def main() -> None:
                 conversions[name].append(report)
                 print(f"\n{name}, {fraction:g} of the multiplies\n{report}\n")
             else:
-                replace(minilm.model, settings.blocks, fraction, REPLACED[name])
-            scores[name].append(agreement(minilm.embed(held_out), original))
-            for block in find_feedforward(minilm.model):
-                block.restore()
-    assert torch.equal(minilm.embed(held_out), original)
+                replace(model, settings.blocks, REPLACED[name], fraction)
+            scores[name].append(agreement(embed(model, held_out), original))
 
     print(scores_table(settings, scores))
     minutes = (time.perf_counter() - began) / 60
@@ -103,11 +97,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def replace(
-    model: nn.Module, blocks: int, fraction: float, make: Callable[[Block, float], nn.Module]
-) -> None:
-    for block in find_feedforward(model)[:blocks]:
-        block.replace_with(make(block, fraction).eval())
+def replace(model: BertModel, blocks: int, baseline: type, fraction: float) -> None:
+    for layer in model.encoder.layer[:blocks]:
+        first, last = layer.intermediate.dense, layer.output.dense
+        activation = layer.intermediate.intermediate_act_fn
+        layer.intermediate.dense = baseline(first, activation, last, fraction)
+        layer.intermediate.intermediate_act_fn = layer.output.dense = nn.Identity()
 
 
 def scores_table(settings: Settings, scores: dict[str, list[float]]) -> str:

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_fff._blocks import Block
+Activation = Callable[[Tensor], Tensor]
 
 
 class Pruned(nn.Module):
     """The neurons with the largest product of norms |w_in| |w_out|."""
 
-    def __init__(self, block: Block, fraction: float) -> None:
+    def __init__(
+        self, first: nn.Linear, activation: Activation, last: nn.Linear, fraction: float
+    ) -> None:
         super().__init__()
-        norms = block.linear_in.norm(dim=1) * block.linear_out.norm(dim=0)
-        kept = norms.topk(int(fraction * block.intermediate_width)).indices
-        self.block = block
-        self.w1, self.b1 = block.linear_in[kept], block.bias_in[kept]
-        self.w2, self.b2 = block.linear_out[:, kept], block.bias_out
+        norms = first.weight.norm(dim=1) * last.weight.norm(dim=0)
+        kept = norms.topk(int(fraction * first.out_features)).indices
+        self.activation = activation
+        self.w1, self.b1 = first.weight[kept], first.bias[kept]
+        self.w2, self.b2 = last.weight[:, kept], last.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.block.activation_function(F.linear(x, self.w1, self.b1))
-        return F.linear(hidden, self.w2, self.b2)
+        return F.linear(self.activation(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
 
 
 class LowRank(nn.Module):
-    """Both matrices by their largest singular values, at a rank for the multiplies."""
+    """Both matrices by their largest singular values, at the rank that the multiplies allow."""
 
-    def __init__(self, block: Block, fraction: float) -> None:
+    def __init__(
+        self, first: nn.Linear, activation: Activation, last: nn.Linear, fraction: float
+    ) -> None:
         super().__init__()
-        hidden, width = block.linear_in.shape
+        hidden, width = first.weight.shape
         rank = int(fraction * hidden * width / (hidden + width))
-        self.block = block
-        self.factors = [_factors(w, rank) for w in (block.linear_in, block.linear_out)]
+        self.activation = activation
+        self.first = nn.Sequential(*_factors(first, rank))
+        self.last = nn.Sequential(*_factors(last, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        (down_in, up_in), (down_out, up_out) = self.factors
-        hidden = F.linear(F.linear(x, down_in), up_in, self.block.bias_in)
-        hidden = self.block.activation_function(hidden)
-        return F.linear(F.linear(hidden, down_out), up_out, self.block.bias_out)
+        return self.last(self.activation(self.first(x)))
 
 
 class OracleTopK(nn.Module):
@@ -48,21 +51,26 @@ class OracleTopK(nn.Module):
     All neurons are computed to find them; what is counted is what a perfect predictor would leave.
     """
 
-    def __init__(self, block: Block, fraction: float) -> None:
+    def __init__(
+        self, first: nn.Linear, activation: Activation, last: nn.Linear, fraction: float
+    ) -> None:
         super().__init__()
-        self.block = block
-        self.kept = int(fraction * block.intermediate_width)
-        self.norms = block.linear_out.norm(dim=0)
+        self.first, self.activation, self.last = first, activation, last
+        self.kept = int(fraction * first.out_features)
+        self.norms = last.weight.norm(dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.block.linear_in, self.block.bias_in)
-        hidden = self.block.activation_function(hidden)
+        hidden = self.activation(self.first(x))
         kept = (hidden.abs() * self.norms).topk(self.kept, dim=-1).indices
-        mask = torch.zeros_like(hidden).scatter(-1, kept, 1.0)
-        return F.linear(hidden * mask, self.block.linear_out, self.block.bias_out)
+        return self.last(hidden * torch.zeros_like(hidden).scatter(-1, kept, 1.0))
 
 
-def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """weight [a, b] ~ up [a, rank] @ down [rank, b], as (down, up)."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    return v[:rank], u[:, :rank] * s[:rank]
+def _factors(linear: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
+    """linear(x) ~ up(down(x))"""
+    u, s, v = torch.linalg.svd(linear.weight, full_matrices=False)
+    down = nn.Linear(linear.in_features, rank, bias=False)
+    up = nn.Linear(rank, linear.out_features)
+    down.weight.copy_(v[:rank])
+    up.weight.copy_(u[:, :rank] * s[:rank])
+    up.bias.copy_(linear.bias)
+    return down, up

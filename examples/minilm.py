@@ -48,15 +48,16 @@ class MiniLM:
             for i in range(0, len(by_length), BATCH)
         ]
 
-    @torch.no_grad()
-    def embed(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        """Unit vectors [sentences, 384]: the mean of the last hidden states of a sentence."""
-        vectors = []
-        for batch in batches:
-            hidden = self.model(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1)
-            vectors.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-        return torch.cat(vectors)
+
+@torch.no_grad()
+def embed(model: BertModel, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Unit vectors [sentences, 384]: the mean of the last hidden states of a sentence."""
+    vectors = []
+    for batch in batches:
+        hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        vectors.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(vectors)
 
 
 def agreement(vectors: Tensor, reference: Tensor) -> float:
