@@ -29,7 +29,7 @@ from torch_fff.convert import ConversionReport
 
 TREES = "trees"
 NARROW = "narrow dense, distilled"
-CONVERTED = {TREES: 4, NARROW: 0}  # depth: the second is the same with one leaf
+CONVERTED = {TREES: 3, NARROW: 0}  # depth: the second is the same with one leaf
 REPLACED = {"oracle top-k": OracleTopK, "pruned by norm": Pruned, "low rank": LowRank}
 
 
@@ -42,7 +42,7 @@ class Settings:
     blocks: int  # of 6
 
 
-FULL = Settings((1 / 2, 1 / 4, 1 / 8), calibration=2400, held_out=500, steps=300, blocks=6)
+FULL = Settings((1 / 2, 1 / 4, 1 / 8), calibration=1200, held_out=500, steps=200, blocks=6)
 QUICK = Settings((1 / 4,), calibration=320, held_out=100, steps=30, blocks=2)
 
 

@@ -25,6 +25,8 @@ from ._distil import distil
 from ._grouping import Dense, initialise
 from .fff import FFF
 
+__all__ = ["BlockReport", "ConversionReport", "Progress", "convert"]
+
 _TOKENS_TO_GROUP = 16384  # of the calibration tokens, those that the first tree is made from
 _HELD_OUT = 10  # every tenth batch
 
@@ -53,6 +55,7 @@ class _Settings:
     steps: int
     learning_rate: float
     seed: int
+    blocks: tuple[str, ...]
 
 
 def convert(
@@ -60,12 +63,12 @@ def convert(
     data: Iterable[Any],
     *,
     fraction: float = 0.25,
-    depth: int = 4,
+    depth: int = 3,
     parallel_size: int = 1,
     which: Iterable[int] | None = None,
     sequential: bool = True,
-    steps: int = 600,
-    learning_rate: float = 1e-3,
+    steps: int = 400,
+    learning_rate: float = 2e-3,
     directory: str | Path | None = None,
     progress: bool | Callable[[Progress], None] = False,
     seed: int = 0,
@@ -80,7 +83,8 @@ def convert(
     the leaf, and are then distilled on those with the routing fixed. Nothing else in the model
     changes, and the model is not trained as a whole; that is a good thing to do afterwards.
 
-    The model runs in eval mode without gradients and is left in its mode. If anything fails, or the
+    The model runs in eval mode without gradients and is left in its mode. A block that a forward
+    applies several times is distilled on the inputs of its first. If anything fails, or the
     conversion is interrupted, all blocks are as they were before the call.
 
     Args:
@@ -117,10 +121,17 @@ def convert(
     check_count("convert", "parallel_size", parallel_size)
     check_count("convert", "steps", steps, minimum=0)
     check_number("convert", "learning_rate", learning_rate)
-    settings = _Settings(
-        float(fraction), depth, parallel_size, sequential, steps, float(learning_rate), seed
-    )
     blocks = _chosen(find_feedforward(model), which)
+    settings = _Settings(
+        float(fraction),
+        depth,
+        parallel_size,
+        sequential,
+        steps,
+        float(learning_rate),
+        seed,
+        tuple(block.name for block in blocks),
+    )
     widths = [_leaf_width(block, settings) for block in blocks]
     batches = list(data)
     if len(batches) < 2:
@@ -130,7 +141,7 @@ def convert(
     held_out = [batch for i, batch in enumerate(batches) if i in apart]
     show = _Bar() if progress is True else progress or (lambda state: None)
 
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     done: list[tuple[Block, FFF]] = []
     reports = []
@@ -163,7 +174,10 @@ def convert(
     finally:
         if isinstance(show, _Bar):
             show.close()
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+    for _, layer in done:
+        layer.train(model.training)
     return ConversionReport(reports)
 
 
@@ -232,11 +246,7 @@ def _convert_block(
     x, x_test = x.to(layer.w1.dtype), x_test.to(layer.w1.dtype)
     with torch.no_grad():
         y, y_test = (torch.cat([dense(part) for part in t.split(4096)]) for t in (x, x_test))
-    # Between the plain squared error, which a few dimensions with outliers dominate, and one that
-    # weighs all dimensions alike, however little they carry.
-    deviation = y.std(0, correction=0)
-    importance = 1 / deviation.clamp(min=1e-6 * float(deviation.max()) + 1e-12)
-    importance /= (importance * deviation.square()).mean() + 1e-12
+    importance = _importance(y)
     subset = torch.randperm(len(x), generator=generator)[:_TOKENS_TO_GROUP].to(x.device)
     initialise(layer, dense, x[subset], importance, generator)
     initial_error = _relative_error(layer, x_test, y_test)
@@ -265,6 +275,21 @@ def _convert_block(
         dense_parameters=sum(p.numel() for p in block.parameters()),
         seconds=time.perf_counter() - began,
     )
+
+
+def _importance(y: Tensor) -> Tensor:
+    """Weights [out] of squared errors: 1 / standard deviation.
+
+    That lies between the plain squared error, which a few dimensions with outliers dominate, and
+    one in which all dimensions count alike, however little they carry. Scaled so that the error of
+    the mean has a loss of 1.
+    """
+    deviation = y.std(0, correction=0)
+    tiny = torch.finfo(y.dtype).tiny ** 0.5
+    importance = 1 / (deviation / deviation.max().clamp(min=tiny)).clamp(min=1e-3)
+    size = (importance * y.square().mean(0)).mean()
+    of_mean = (importance * deviation.square()).mean()
+    return importance / torch.maximum(of_mean, torch.finfo(y.dtype).eps * size).clamp(min=tiny)
 
 
 def _dense(block: Block, dtype: torch.dtype) -> Dense:

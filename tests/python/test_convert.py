@@ -174,10 +174,26 @@ def test_keeps_the_dtype(model, data, dtype):
 
 def test_tokens_that_are_all_alike(model):
     data = [torch.ones(2, 20, WIDTH)] * 4
-    report = convert(model, data, depth=3, parallel_size=2, fraction=0.5, steps=3)
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert_close(model.eval()(data[0]), Model.forward(model, data[0]), torch.float32)
-    assert len(report.blocks) == 2
+    expected = copy.deepcopy(model).eval()(data[0])
+    convert(model, data, depth=3, parallel_size=2, fraction=0.5, steps=3, learning_rate=0)
+    assert_close(model.eval()(data[0]), expected, torch.float32)
+
+
+def test_transformer_encoder(data):
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, activation="gelu", batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    expected = model(data[0])
+    report = convert(model, data, fraction=1, depth=0, steps=0)
+    assert_close(model(data[0]), expected, torch.float32)
+    assert [block.name for block in report.blocks] == ["layers.0", "layers.1"]
+
+
+def test_modes_of_modules_stay(model, data):
+    model.blocks[0].eval()
+    convert(model, data, which=[1], steps=0)
+    assert model.training
+    assert model.blocks[1][0].training
+    assert not model.blocks[0].training
 
 
 def test_report_prints_as_a_table(model, data):
@@ -200,7 +216,7 @@ def test_bar(model, data, capsys):
     ("arguments", "message"),
     [
         ({"fraction": 1.5}, r"fraction: expected a number in \[0, 1\], got 1.5"),
-        ({"fraction": 0.01}, r"fraction: expected at least 0.0625 for these trees in blocks.0"),
+        ({"fraction": 0.01}, r"fraction: expected at least 0.05208 for these trees in blocks.0"),
         ({"depth": -1}, "depth: expected an integer >= 0"),
         ({"parallel_size": 49, "depth": 0}, "parallel_size: expected at most the 48 neurons"),
         ({"steps": 1.0}, "steps: expected an integer >= 0"),
