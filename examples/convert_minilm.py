@@ -88,6 +88,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = {
         **asdict(settings),
+        "torch": torch.__version__,
         "calibration_tokens": conversions[TREES][0].blocks[0].tokens,
         "agreement": scores,
         "conversions": {n: [asdict(r) for r in reports] for n, reports in conversions.items()},

@@ -339,9 +339,11 @@ def _load(file: Path, layer: FFF, block: Block, settings: _Settings) -> BlockRep
     if not file.exists():
         return None
     stored = torch.load(file, map_location=layer.w1.device, weights_only=True)
+    if not isinstance(stored, dict) or "settings" not in stored:
+        _reject_stored(file, "blocks that convert has stored", "something else")
     for key, value in asdict(settings).items():
-        if stored["settings"][key] != value:
-            _reject_stored(file, f"{key}={value!r}", f"{key}={stored['settings'][key]!r}")
+        if (other := stored["settings"].get(key)) != value:
+            _reject_stored(file, f"{key}={value!r}", f"{key}={other!r}")
     expected, got = _fingerprint(block), stored["fingerprint"]
     if abs(expected - got) > 1e-6 * abs(expected):
         _reject_stored(file, "a conversion of these weights", "one of others")

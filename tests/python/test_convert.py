@@ -154,6 +154,9 @@ def test_stored_results_of_another_conversion_are_refused(model, data, tmp_path)
         other.blocks[0][0].weight *= 1.01
     with pytest.raises(ValueError, match="convert: directory: expected a conversion of these wei"):
         convert(other, data, depth=1, steps=0, directory=tmp_path)
+    torch.save(other.state_dict(), tmp_path / "blocks.0.pt")
+    with pytest.raises(ValueError, match="directory: expected blocks that convert has stored, got"):
+        convert(model, data, depth=1, steps=0, directory=tmp_path)
 
 
 def test_only_the_chosen_blocks(model, data):
