@@ -117,7 +117,7 @@ def draw(settings: Settings, scores: dict[str, list[float]], file: Path) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for name, row in scores.items():
         style = "o-" if name == TREES else "s--" if name == NARROW else "x:"
         axes.plot(settings.fractions, row, style, label=name)
@@ -126,7 +126,7 @@ def draw(settings: Settings, scores: dict[str, list[float]], file: Path) -> None
     axes.set_xlabel("multiplies of the feedforward blocks, share of the dense ones")
     axes.set_ylabel("agreement with MiniLM-L6 (Spearman)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
