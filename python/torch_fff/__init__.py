@@ -5,6 +5,7 @@ from ._library import cmake_prefix_path, load
 load()  # the modules below use the operators
 
 from . import _fake, _vmap, functional, optim  # noqa: E402, F401
+from .convert import convert  # noqa: E402
 from .fff import FFF  # noqa: E402
 from .hugging_face import load_pretrained  # noqa: E402
 from .losses import hardening_loss  # noqa: E402
@@ -18,6 +19,7 @@ __all__ = [
     "FFF",
     "UltraFFF",
     "cmake_prefix_path",
+    "convert",
     "functional",
     "hardening_loss",
     "load_pretrained",
