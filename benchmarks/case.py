@@ -20,6 +20,9 @@ class Case:
     step: "forward" (inference mode, hard routing) or "training" (forward, and backward to the
         input and all weights).
     routing: in training, the gradient of the routing: "none", "straight-through" or "soft".
+    alternates: in straight-through training, branches not taken that are drawn per token and tree;
+        0 evaluates all.
+    row_sparse: gradients of visited rows alone, as sparse tensors.
     prune: threshold on the leaves' weights in soft training.
     entropy: mean entropy of the nodes' decisions in nats, to which random nodes are sharpened; 0
         leaves them as they are.
@@ -39,6 +42,8 @@ class Case:
     dtype: str = "float32"
     step: str = FORWARD
     routing: str = NONE
+    alternates: int = 0
+    row_sparse: bool = False
     prune: float = 0.0
     entropy: float = 0.0
     layers: int = 1
@@ -66,6 +71,8 @@ class Case:
             "prune": f"prune{self.prune:g}" if self.prune else "",
             "entropy": f"entropy{self.entropy:g}" if self.entropy else "",
             "step": "" if self.step == FORWARD else f"training-{self.routing}",
+            "alternates": f"alternates{self.alternates}" if self.alternates else "",
+            "gradients": "row-sparse" if self.row_sparse else "",
             "layers": f"cold{self.layers}" if self.layers > 1 else "",
         }
 

@@ -70,7 +70,10 @@ def check_forward(
 def check_training(
     case: Case, layer: Layer, x: Tensor, grad: Tensor
 ) -> tuple[dict[str, float], list[Sample]]:
-    """Output and all gradients against autograd through the reference, over all tokens."""
+    """Output and all gradients against autograd through the reference, over all tokens.
+
+    Where the layer draws branches, the check evaluates all of them.
+    """
     weights = dict(layer.named_parameters())
     expected = {name: torch.zeros_like(weight).float() for name, weight in weights.items()}
     outputs, safe, x_grads = [], [], []
@@ -93,7 +96,9 @@ def check_training(
     sample = Sample(x.detach(), rows, torch.cat(outputs)[rows])
     layer.zero_grad()
     tokens = x.detach().requires_grad_()
+    drawn, layer.alternates = layer.alternates, None
     output = layer(tokens)
+    layer.alternates = drawn
     output.backward(grad * kept.unsqueeze(-1))
     deviations = {
         "output": assert_close("output", output.detach()[rows], sample.output),
@@ -116,7 +121,7 @@ def check_baseline(name: str, baseline: nn.Module, samples: list[Sample]) -> Non
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.to_dense()
 
 
 def _rows_at_once(case: Case) -> int:

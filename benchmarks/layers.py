@@ -26,6 +26,8 @@ def build(case: Case, seed: int = 0) -> Layer:
             case.depth,
             case.trees,
             routing_gradient=gradient,
+            alternates=case.alternates or None,
+            row_sparse_grad=case.row_sparse,
             dtype=case.torch_dtype,
         )
         return neurons.train(case.step == TRAINING)

@@ -139,14 +139,10 @@ def tree(
     Returns:
         output [..., out], scores [..., K, levels] and leaf [..., K]: see :class:`TreeOutput`.
     """
-    if row_sparse_grad and torch.is_grad_enabled():
-        op = _row_sparse(_tree)
-    else:
-        op = _differentiable(_tree, _functorch.tree)
-    # An argument costs a tenth of a microsecond, even if it has its default value.
-    rest = (min_slope, row_sparse_grad) if min_slope or row_sparse_grad else ()
     return TreeOutput(
-        *op(
+        *run_tree(
+            min_slope,
+            row_sparse_grad,
             x,
             node_weight,
             node_bias,
@@ -164,9 +160,26 @@ def tree(
             leaf_activation,
             straight_through,
             slope,
-            *rest,
         )
     )
+
+
+def run_tree(
+    min_slope: float, row_sparse_grad: bool, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`tree` for the layers: the operator's other arguments by position, and a plain tuple.
+
+    One token takes a few microseconds in all, of which names cost a tenth.
+    """
+    if row_sparse_grad and torch.is_grad_enabled():
+        op = _row_sparse(_tree)
+    else:
+        op = _differentiable(_tree, _functorch.tree)
+    # An argument costs a tenth of a microsecond, even if it has its default value.
+    if min_slope or row_sparse_grad:
+        arguments += (min_slope, row_sparse_grad)
+    result: tuple[Tensor, Tensor, Tensor] = op(*arguments)
+    return result
 
 
 def descend(

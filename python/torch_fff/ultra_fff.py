@@ -155,19 +155,25 @@ class UltraFFF(nn.Module):
                 noise = decision_noise(x, trees, levels, noise=self.noise, slope=self.slope)
             if straight_through:
                 alternates = drawn_alternates(x, trees, levels, self.depth, self.alternates)
-        return functional.tree(
+        return functional.run_tree(
+            self.min_slope,
+            self.row_sparse_grad,
             x,
             *tree_weights(self, _TREE_WEIGHTS),
-            noise=noise,
-            alternates=alternates,
-            trees=self.parallel_size,
-            tie_right=False,
-            node_activation=self.activation,
-            straight_through=straight_through,
-            slope=self.slope,
-            min_slope=self.min_slope,
-            row_sparse_grad=self.row_sparse_grad,
-        ).output
+            None,  # no leaf networks
+            None,
+            None,
+            None,
+            noise,
+            None,
+            alternates,
+            self.parallel_size,
+            False,
+            self.activation,
+            "identity",
+            straight_through,
+            self.slope,
+        )[0]
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """The state dict of UltraFastBERT's training layer for this layer."""
