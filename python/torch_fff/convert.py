@@ -24,6 +24,7 @@ from ._conversion_report import BlockReport, ConversionReport
 from ._distil import distil
 from ._grouping import Dense, initialise
 from .fff import FFF
+from .hugging_face import write_config
 
 __all__ = ["BlockReport", "ConversionReport", "Progress", "convert"]
 
@@ -109,7 +110,9 @@ def convert(
         seed: of the order of the tokens.
 
     Returns:
-        A report that prints as a table.
+        A report that prints as a table. A Hugging Face model can then be saved with
+        ``save_pretrained`` and loaded with :func:`load_pretrained`; ``restore_feedforward`` puts
+        the dense blocks back.
 
     Raises:
         ValueError: an argument is wrong; a block cannot be converted (gated, or of an activation
@@ -178,6 +181,7 @@ def convert(
             module.training = training
     for _, layer in done:
         layer.train(model.training)
+    write_config(model)
     return ConversionReport(reports)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tolerances import assert_close
-from torch_fff import FFF, convert
+from torch_fff import FFF, convert, load_pretrained, restore_feedforward
 
 WIDTH, HIDDEN = 12, 48
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_minilm.py"
@@ -265,3 +265,24 @@ def test_example(tmp_path):
     assert 0.9 < trees <= 1.0
     assert trees > pruned
     assert (tmp_path / "convert_minilm.png").stat().st_size > 0
+
+
+def test_a_converted_hugging_face_model_is_saved_loaded_and_restored(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=HIDDEN,
+    )
+    model = transformers.BertModel(config).eval()
+    tokens = [torch.randint(50, (8, 6)) for _ in range(4)]
+    dense = model(tokens[0]).last_hidden_state
+    convert(model, tokens, fraction=0.5, depth=2, steps=2)
+    expected = model(tokens[0]).last_hidden_state
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(transformers.BertModel, tmp_path).eval()
+    assert_close(loaded(tokens[0]).last_hidden_state, expected)
+    restore_feedforward(model)
+    assert_close(model(tokens[0]).last_hidden_state, dense)
