@@ -1,7 +1,7 @@
 // Vectors of the accumulation type, and the three loops that all tree kernels are made of:
-//   dots     rows x tokens scalar products           (scores, hidden pre-activations, their
-//   gradients) combine  one vector = sum of coefficients * rows  (outputs, input gradients) outer
-//   rows += coefficients x vectors           (weight gradients)
+//   dots     scalar products of rows and tokens: scores, pre-activations, their gradients
+//   combine  vectors as sums of coefficients times rows: outputs, gradients of inputs
+//   outer    rows += sums of coefficients times vectors: gradients of weights
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
