@@ -302,8 +302,9 @@ inline void combine_tile(const T* const* rows, const acc_t<T>* coefficients, int
                          int64_t count, O* const* ys, int64_t width, Write write) {
   using V = Vec<acc_t<T>>;
   constexpr int64_t lanes = kLanes<T>;
-  // As many columns as there are registers for their sums.
-  constexpr int tile = N == 1 ? kVectorTile : std::max(3 * kVectorTile / N, 1);
+  // As many columns as there are registers for their sums, the row and a coefficient.
+  constexpr int registers = kTokenTile == 8 ? 32 : 16;
+  constexpr int tile = std::min(kVectorTile, (registers - 2) / (N + 1));
   int64_t i = 0;
   for (; i + tile * lanes <= width; i += tile * lanes) {
     V sums[N][tile];
