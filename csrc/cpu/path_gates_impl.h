@@ -67,7 +67,7 @@ inline void path_gates_backward(const PathGates& p) {
       std::fill_n(all_gates, neurons, 0.0f);
       std::fill_n(grads, neurons, 0.0f);
       for (int64_t tree = 0; tree < s.trees; ++tree) {
-        const int64_t leaf = p.leaf[token * s.trees + tree] & (s.leaves() - 1);
+        const int64_t leaf = s.inside(p.leaf[token * s.trees + tree]);
         for (int level = 0; level < s.levels; ++level) {
           const int64_t at = tree * s.levels + level;
           const int64_t node = tree * s.nodes() + s.node_on_path(leaf, level);

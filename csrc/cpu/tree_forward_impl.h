@@ -36,8 +36,10 @@ constexpr int64_t kForestBlock = 4096;   // tokens whose output stays in the cac
 
 // Levels of the first pass; 0 for a single pass.
 inline int top_levels(const TreeShape& s) {
-  if (s.leaf_width >= kWideLeaf && s.tokens >= kWideLeafTokens) {
-    return s.levels;  // so that a leaf's tokens all arrive together
+  // So that a leaf's tokens all arrive together, unless leaves are too many to be shared: sorting
+  // costs as much as there are.
+  if (s.leaf_width >= kWideLeaf && s.tokens >= kWideLeafTokens && s.leaves() <= 4 * s.tokens) {
+    return s.levels;
   }
   if (s.tokens < kTwoPassTokens) {
     return 0;
