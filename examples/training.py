@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from data import Images, Split
+from schedule import warm_cosine
 
 # (layer, batch, share of training done in [0, 1)) -> loss, a scalar
 Objective = Callable[[nn.Module, Split, float], Tensor]
@@ -63,10 +63,6 @@ def train(name: str, layer: nn.Module, objective: Objective, images: Images, epo
             if validation > best:
                 best, best_state = validation, copy.deepcopy(layer.state_dict())
     layer.load_state_dict(best_state)
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / (0.03 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.inference_mode()

@@ -1,0 +1,87 @@
+"""The layers that are compared, as settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from torch_fff import FFF, UltraFFF
+
+
+@dataclass(frozen=True)
+class Dense:
+    """FF: Linear, ReLU, Linear."""
+
+    width: int
+
+    @property
+    def visited(self) -> int:
+        return self.width
+
+    @property
+    def neurons(self) -> int:
+        return self.width
+
+    def build(self, inputs: int, outputs: int) -> nn.Module:
+        hidden = nn.Linear(inputs, self.width), nn.ReLU()
+        return nn.Sequential(*hidden, nn.Linear(self.width, outputs))
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """FFF: ``trees`` trees of decisions over leaf networks.
+
+    node_output: visited nodes add s * row to the output.
+    """
+
+    leaf_width: int
+    depth: int
+    trees: int = 1
+    node_output: bool = False
+    master_leaf_width: int = 0
+
+    @property
+    def visited(self) -> int:
+        """Neurons that a token touches, nodes that only decide included."""
+        return self.trees * (self.depth + self.leaf_width) + self.master_leaf_width
+
+    @property
+    def neurons(self) -> int:
+        """The training width: neurons that have an output row."""
+        nodes = 2**self.depth - 1 if self.node_output else 0
+        return self.trees * (nodes + 2**self.depth * self.leaf_width) + self.master_leaf_width
+
+    def build(self, inputs: int, outputs: int) -> FFF:
+        return FFF(
+            inputs,
+            self.leaf_width,
+            outputs,
+            self.depth,
+            parallel_size=self.trees,
+            node_output=self.node_output,
+            node_activation="identity" if self.node_output else None,
+            master_leaf_width=self.master_leaf_width,
+        )
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """UltraFFF: ``trees`` trees of neurons."""
+
+    trees: int
+    depth: int
+
+    @property
+    def visited(self) -> int:
+        return self.trees * (self.depth + 1)
+
+    @property
+    def neurons(self) -> int:
+        return self.trees * (2 ** (self.depth + 1) - 1)
+
+    def build(self, inputs: int, outputs: int) -> UltraFFF:
+        return UltraFFF(inputs, outputs, self.depth, self.trees)
+
+
+Layer = Dense | Leaves | Neurons
