@@ -22,10 +22,14 @@ from .training import Recipe, prepare, schedule
 
 @dataclass(frozen=True)
 class Settings:
-    """decay: of the learning rate, "cosine" (after a warmup of 3 %) or "none"."""
+    """recipe: None for a dense layer.
+
+    decay: of the learning rate, "cosine" (after a warmup of 3 %) or "none".
+    centred: pixels in [-1, 1] instead of zero mean and unit variance.
+    """
 
     layer: Layer
-    recipe: Recipe
+    recipe: Recipe | None = None
     epochs: int = 20
     batch_size: int = 256
     optimizer: str = "adamw"

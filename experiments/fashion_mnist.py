@@ -51,11 +51,11 @@ def cells() -> tuple[Cell, ...]:
         published = Settings(Leaves(leaf, depth), SOFT, epochs=PUBLISHED_EPOCHS, **PUBLISHED)
         made.append(Cell(f"{name} published", published))
     for width in WIDTHS:
-        made.append(Cell(f"FF w={width}", Settings(Dense(width), Recipe())))
-        published = Settings(Dense(width), Recipe(), epochs=PUBLISHED_EPOCHS, **PUBLISHED)
+        made.append(Cell(f"FF w={width}", Settings(Dense(width))))
+        published = Settings(Dense(width), epochs=PUBLISHED_EPOCHS, **PUBLISHED)
         made.append(Cell(f"FF w={width} published", published))
     for width in inference_widths():
-        made.append(Cell(f"FF w={width}", Settings(Dense(width), Recipe())))
+        made.append(Cell(f"FF w={width}", Settings(Dense(width))))
     return tuple(made)
 
 

@@ -16,6 +16,10 @@ class Dense:
     width: int
 
     @property
+    def name(self) -> str:
+        return f"FF w={self.width}"
+
+    @property
     def visited(self) -> int:
         return self.width
 
@@ -40,6 +44,12 @@ class Leaves:
     trees: int = 1
     node_output: bool = False
     master_leaf_width: int = 0
+
+    @property
+    def name(self) -> str:
+        trees = f"{self.trees}x " if self.trees > 1 else ""
+        extra = ", node outputs" if self.node_output else ""
+        return f"FFF {trees}l={self.leaf_width} d={self.depth}{extra}"
 
     @property
     def visited(self) -> int:
@@ -71,6 +81,10 @@ class Neurons:
 
     trees: int
     depth: int
+
+    @property
+    def name(self) -> str:
+        return f"UltraFFF {self.trees}x{self.depth}"
 
     @property
     def visited(self) -> int:

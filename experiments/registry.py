@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from . import fashion_mnist
+from . import ablation, fashion_mnist, published, trees
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (fashion_mnist.EXPERIMENT,)}
+EXPERIMENTS = {
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (fashion_mnist, trees, ablation, published)
+}

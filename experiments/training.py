@@ -37,7 +37,9 @@ class Recipe:
     region_leak: float = 0.0
 
 
-def prepare(layer: nn.Module, recipe: Recipe) -> None:
+def prepare(layer: nn.Module, recipe: Recipe | None) -> None:
+    if recipe is None:
+        return
     if isinstance(layer, FFF):
         layer.train_hardened = recipe.routing != "soft"
         layer.region_leak = recipe.region_leak
@@ -46,7 +48,9 @@ def prepare(layer: nn.Module, recipe: Recipe) -> None:
         layer.alternates = recipe.alternates
 
 
-def schedule(recipe: Recipe) -> Schedule:
+def schedule(recipe: Recipe | None) -> Schedule:
+    if recipe is None:
+        return lambda layer, done: None
     return _soft(recipe) if recipe.routing == "soft" else _hard(recipe)
 
 

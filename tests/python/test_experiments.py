@@ -151,7 +151,7 @@ def test_layers_have_the_widths_they_claim(layer, visited, neurons):
 @pytest.mark.parametrize(
     ("layer", "recipe"),
     [
-        (Dense(8), Recipe()),
+        (Dense(8), None),
         (Leaves(2, 3), Recipe()),
         (Leaves(2, 3), Recipe("soft", balance=1.0, hardening=3.0, hardening_first=1.0)),
         (Leaves(1, 3, node_output=True), Recipe(alternates=1, region_leak=0.1)),
