@@ -111,6 +111,16 @@ def node_reach(mixture: Tensor) -> Tensor:
     return torch.cat([mixture[..., :0], *reversed(levels)], -1)
 
 
+def add_leaf_base(base: Tensor, own: Tensor) -> Tensor:
+    """Weights of leaves that share a base: [K, ...] + [K * leaves, ...] -> [K * leaves, ...].
+
+    Leaf f of tree k has base[k] + own[k * leaves + f]. Each of w1, b1, w2 and b2 of the functions
+    below may be such a sum.
+    """
+    weights: Tensor = base.unsqueeze(1) + own.unflatten(0, (len(base), -1))
+    return weights.flatten(0, 1)
+
+
 def soft_tree(
     x: Tensor,
     node_weight: Tensor,
