@@ -16,7 +16,11 @@ from .ultra_fff import UltraFFF
 
 LAYERS: dict[str, type[FFF] | type[UltraFFF]] = {"ultra": UltraFFF, "fff": FFF}
 _FROM_BLOCK = ("input_width", "output_width", "device", "dtype")
-_PRESENCE = {"bias": "node_biases", "node_output": "node_outputs"}  # parameters that may be None
+_PRESENCE = {  # parameters that may be None
+    "bias": "node_biases",
+    "node_output": "node_outputs",
+    "output_bias": "output_bias",
+}
 
 
 def build_layer(

@@ -201,7 +201,8 @@ def tree(
     """One path per token and tree, the one that :func:`descend` takes.
 
     A visited node with an output row adds act(s) * node_output (arXiv 2311.10770); the leaf reached
-    adds sum_j leaf_scale_j * act(<x, w1_j> + b1_j) * w2_j + b2, ``leaf_scale`` [..., K, l].
+    adds sum_j leaf_scale_j * act(<x, w1_j> + b1_j) * w2_j + b2, ``leaf_scale`` [..., K, l]. An
+    output bias of a layer is added to ``output``, as to any sum.
 
     Decisions are c = 0 or 1. With ``straight_through`` they carry the gradient of a sigmoid,
     c = c_hard + sigmoid(slope * s) - stop(sigmoid(slope * s)), which the noise does not enter;
