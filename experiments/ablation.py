@@ -26,10 +26,12 @@ def variants(layer: Leaves) -> dict[str, tuple[Leaves, Recipe]]:
         "no noise": (layer, replace(recipe, noise=0.0)),
         "slope 1 throughout": (layer, replace(recipe, slope=1.0)),
         "no balance": (layer, replace(recipe, balance=0.0)),
+        "no shared leaf base": (replace(layer, shared_leaf_base=False), recipe),
         f"{other} node outputs": (replace(layer, node_output=not layer.node_output), recipe),
         "no routing gradient": (layer, replace(recipe, routing="none")),
         "one alternate drawn": (layer, replace(recipe, alternates=1)),
         "soft training, h = 3": (layer, SOFT),
+        "soft training, h = 3, no base": (replace(layer, shared_leaf_base=False), SOFT),
         "region leak 0.05": (layer, replace(recipe, region_leak=0.05)),
     }
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from examples.data import Images, Split, fashion_mnist, locate
 from examples.schedule import warm_cosine
-from torch_fff import FFF, UltraFFF
+from torch_fff import FFF, UltraFFF, recipes
 
 from .experiment import Figures
 from .inspection import leaves_used, mean_entropy, soft_output
@@ -52,8 +52,8 @@ def run(settings: Settings, seed: int) -> Figures:
     torch.manual_seed(seed)
     inputs, outputs = images.train.pixels.shape[1], len(images.classes)
     layer = settings.layer.build(inputs, outputs)
-    prepare(layer, settings.recipe)
     epoch, seconds = train(layer, images, settings)
+    recipes.fold(layer)
     figures: Figures = {
         "test": accuracy(layer, images.test),
         "memorisation": accuracy(layer, images.train),
@@ -75,14 +75,18 @@ def train(layer: nn.Module, images: Images, settings: Settings) -> tuple[int, fl
     batches = len(images.train) // settings.batch_size
     steps = settings.epochs * batches
     optimizer = _optimizer(layer, settings)
-    apply = schedule(settings.recipe)
+    course = None
+    if settings.recipe:
+        prepare(layer, settings.recipe)
+        course = schedule(settings.recipe, layer)
     best, chosen, state, slope, seconds = -1.0, 0, layer.state_dict(), 1.0, 0.0
     for epoch in range(settings.epochs):
         begin = time.perf_counter()
         layer.train()
         order = torch.randperm(len(images.train))[: batches * settings.batch_size]
         for step, rows in enumerate(order.view(batches, -1), epoch * batches):
-            apply(layer, step / steps)
+            if course:
+                course.apply(layer, step / steps)
             if settings.decay == "cosine":
                 rate = settings.learning_rate * warm_cosine(step, steps)
                 optimizer.param_groups[0]["lr"] = rate

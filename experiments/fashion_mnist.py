@@ -31,8 +31,8 @@ SOFT = Recipe("soft", noise=0.0, slope=1.0, balance=0.0, hardening=3.0)
 
 
 def ours(leaf: int, depth: int) -> Leaves:
-    """Step 5 of the recipe: narrow leaves get help from the nodes."""
-    return Leaves(leaf, depth, node_output=leaf <= 2)
+    """The recipe's layer: leaves learn from a shared base, narrow ones get help from the nodes."""
+    return Leaves(leaf, depth, node_output=leaf <= 2, shared_leaf_base=True)
 
 
 def depth_of(leaf: int, width: int) -> int:

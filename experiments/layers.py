@@ -44,6 +44,7 @@ class Leaves:
     trees: int = 1
     node_output: bool = False
     master_leaf_width: int = 0
+    shared_leaf_base: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +73,7 @@ class Leaves:
             node_output=self.node_output,
             node_activation="identity" if self.node_output else None,
             master_leaf_width=self.master_leaf_width,
+            shared_leaf_base=self.shared_leaf_base,
         )
 
 
@@ -81,6 +83,7 @@ class Neurons:
 
     trees: int
     depth: int
+    output_bias: bool = True
 
     @property
     def name(self) -> str:
@@ -95,7 +98,7 @@ class Neurons:
         return self.trees * (2 ** (self.depth + 1) - 1)
 
     def build(self, inputs: int, outputs: int) -> UltraFFF:
-        return UltraFFF(inputs, outputs, self.depth, self.trees)
+        return UltraFFF(inputs, outputs, self.depth, self.trees, output_bias=self.output_bias)
 
 
 Layer = Dense | Leaves | Neurons

@@ -13,8 +13,12 @@ from .tables import details, markdown, origin, percent
 from .training import Recipe
 
 
+def plain(leaf_width: int, depth: int, trees: int = 1) -> Leaves:
+    return Leaves(leaf_width, depth, trees, shared_leaf_base=True)
+
+
 def with_outputs(leaf_width: int, depth: int, trees: int = 1) -> Leaves:
-    return Leaves(leaf_width, depth, trees, node_output=True)
+    return Leaves(leaf_width, depth, trees, node_output=True, shared_leaf_base=True)
 
 
 FAMILIES: dict[str, tuple[Leaves | Neurons, ...]] = {
@@ -24,14 +28,14 @@ FAMILIES: dict[str, tuple[Leaves | Neurons, ...]] = {
         *(Neurons(8, 4), Neurons(16, 3), Neurons(16, 4)),
     ),
     "FFF": (
-        *(Leaves(4, 3), Leaves(8, 2), Leaves(8, 4), Leaves(8, 6)),
-        *(Leaves(16, 3), Leaves(16, 5), Leaves(32, 2), Leaves(32, 4)),
+        *(plain(4, 3), plain(8, 2), plain(8, 4), plain(8, 6)),
+        *(plain(16, 3), plain(16, 5), plain(32, 2), plain(32, 4)),
     ),
     "FFF, node outputs": (
         *(with_outputs(1, 5), with_outputs(1, 7), with_outputs(1, 9), with_outputs(2, 6)),
         *(with_outputs(8, 4), with_outputs(16, 3)),
     ),
-    "K FFF": (Leaves(4, 4, 2), Leaves(8, 4, 2), Leaves(4, 4, 4), Leaves(8, 4, 4)),
+    "K FFF": (plain(4, 4, 2), plain(8, 4, 2), plain(4, 4, 4), plain(8, 4, 4)),
     "K FFF, node outputs": (
         *(with_outputs(1, 4, 2), with_outputs(1, 7, 2), with_outputs(1, 4, 4)),
         *(with_outputs(1, 7, 4), with_outputs(1, 4, 8), with_outputs(1, 4, 16)),
