@@ -53,19 +53,28 @@ class Images:
 
 
 def load() -> Images:
-    """Debian's copy, else a checked download, else the digits; a printed sentence says which."""
-    if all((DEBIAN / name).is_file() for name in MD5):
-        print(f"Data: Fashion-MNIST from {DEBIAN}.")
-        return fashion_mnist(DEBIAN)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fashion-mnist"
+    """Fashion-MNIST, else the digits; a printed sentence says which."""
     try:
-        for name in MD5:
-            download(name, cache)
+        folder = locate()
     except (OSError, HTTPException, ValueError) as error:
         print(f"Data: Fashion-MNIST could not be had ({error}): scikit-learn's digits instead.")
         return digits()
-    print(f"Data: Fashion-MNIST from its public home, kept in {cache}.")
-    return fashion_mnist(cache)
+    print(f"Data: Fashion-MNIST from {folder}.")
+    return fashion_mnist(folder)
+
+
+def locate() -> Path:
+    """The folder of Fashion-MNIST's files: Debian's, else one that keeps a checked download.
+
+    Raises:
+        OSError, HTTPException, ValueError: they could not be had.
+    """
+    if all((DEBIAN / name).is_file() for name in MD5):
+        return DEBIAN
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fashion-mnist"
+    for name in MD5:
+        download(name, cache)
+    return cache
 
 
 def download(name: str, cache: Path) -> None:

@@ -26,8 +26,8 @@ import text
 from language_model import LanguageModel
 from loss_figure import draw_losses
 from report import table
+from schedule import warm_cosine
 from torch_fff import replace_feedforward
-from training import warm_cosine
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 3, 128, 16
 WIDE, NARROW = 1024, 32  # neurons of the trees in training, and of their paths in inference

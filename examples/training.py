@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from data import Images, Split
+from schedule import warm_cosine
+from torch_fff import recipes
 
 # (layer, batch, share of training done in [0, 1)) -> loss, a scalar
 Objective = Callable[[nn.Module, Split, float], Tensor]
@@ -33,10 +34,7 @@ def published(layer: nn.Module, batch: Split, done: float) -> Tensor:
 
 def straight_through(layer: nn.Module, batch: Split, done: float) -> Tensor:
     """Hard routing from the first step; exploration (noise, balance) fades as the slope grows."""
-    early = max(0.0, 1 - done / 0.6)
-    layer.slope = 10 ** min(1.0, done / 0.8)
-    layer.noise = early
-    layer.balance = 0.1 * early
+    recipes.straight_through().apply(layer, done)
     return cross_entropy(layer(batch.pixels), batch.labels)
 
 
@@ -63,10 +61,6 @@ def train(name: str, layer: nn.Module, objective: Objective, images: Images, epo
             if validation > best:
                 best, best_state = validation, copy.deepcopy(layer.state_dict())
     layer.load_state_dict(best_state)
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / (0.03 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.inference_mode()

@@ -16,7 +16,11 @@ from .ultra_fff import UltraFFF
 
 LAYERS: dict[str, type[FFF] | type[UltraFFF]] = {"ultra": UltraFFF, "fff": FFF}
 _FROM_BLOCK = ("input_width", "output_width", "device", "dtype")
-_PRESENCE = {"bias": "node_biases", "node_output": "node_outputs"}  # parameters that may be None
+_PRESENCE = {  # parameters that may be None
+    "bias": "node_biases",
+    "node_output": "node_outputs",
+    "output_bias": "output_bias",
+}
 
 
 def build_layer(
@@ -78,7 +82,10 @@ def layer_options(module: nn.Module) -> dict[str, Any] | None:
 
 
 def parameters_per_token(module: nn.Module) -> int:
-    """Parameters that a token touches in inference: all of them, if the module is no tree."""
+    """Parameters that a token touches in inference: all of them, if the module is no tree.
+
+    A shared leaf base counts as folded into the leaves.
+    """
     if not isinstance(module, FFF | UltraFFF):
         return sum(parameter.numel() for parameter in module.parameters())
     return sum(
@@ -93,4 +100,6 @@ def _visited_rows(layer: FFF | UltraFFF, name: str, parameter: Tensor) -> int:
         return layer.parallel_size * levels
     if name in ("w1", "b1", "w2", "b2"):
         return layer.parallel_size
+    if name.startswith("base_"):
+        return 0
     return len(parameter) if parameter.dim() else 1  # of the master leaf

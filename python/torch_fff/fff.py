@@ -25,9 +25,10 @@ from ._routing import (
 )
 from ._usage import count_mixture, count_path, exporting, in_backward
 from .losses import leaf_balance_loss, node_balance_loss, node_entropies
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, add_leaf_base
 
-_TREE_WEIGHTS = ("node_weights", "node_biases", "node_outputs", "w1", "b1", "w2", "b2")
+_LEAF_WEIGHTS = ("w1", "b1", "w2", "b2")
+_TREE_WEIGHTS = ("node_weights", "node_biases", "node_outputs", *_LEAF_WEIGHTS)
 _SHOWN_UNLESS_DEFAULT = (
     ("dropout", 0.0),
     ("train_hardened", False),
@@ -44,6 +45,7 @@ _SHOWN_UNLESS_DEFAULT = (
     ("hardening", 0.0),
     ("balance", 0.0),
     ("master_leaf_width", 0),
+    ("shared_leaf_base", False),
 )
 
 
@@ -82,6 +84,12 @@ class FFF(nn.Module):
     SparseAdam and Adagrad take them, without weight decay. They are for parameters themselves, on
     the CPU, in eager mode: not for torch.func, for compiled training, nor for weights that autocast
     casts. What else uses a parameter, such as the hardening loss, makes its gradient dense.
+
+    **Shared leaf base.** A leaf sees few tokens and learns slowly from nothing. With
+    ``shared_leaf_base=True`` its weights are those of a base that all leaves of its tree share, and
+    that learns from every token, plus its own differences: base_w1 + w1, and so on. The differences
+    start at zero. Forwards then add up the weights of all leaves first; after training
+    :meth:`fold` puts the base into the leaves, and the layer is an ordinary one, as fast as any.
 
     **Pruning** makes soft training cheaper the harder its decisions are: with ``prune=eps`` a
     token skips the leaves whose weight in its mixture is below eps, in the output and in the
@@ -152,14 +160,17 @@ class FFF(nn.Module):
         balance: weight b.
         master_leaf_width: width m of a leaf that every token uses (arXiv 2405.16836), 0 for none:
             y = sigmoid(k) * tree(x) + (1 - sigmoid(k)) * master(x), k learned.
+        shared_leaf_base: whether w1, b1, w2 and b2 are differences from a base. Not with
+            ``row_sparse_grad``: the base's gradient is a sum over all leaves.
         device, dtype: of the parameters.
 
     Parameters (a neuron's weights are a row):
         node_weights [K * n, in], node_biases [K * n], w1 [K * n_leaves, l, in], b1 [K * n_leaves,
         l], w2 [K * n_leaves, l, out], b2 [K * n_leaves, out]; node_outputs [K * n, out] with
         ``node_output``; master_w1 [m, in], master_b1 [m], master_w2 [m, out], master_b2 [out],
-        master_logit [] with a master leaf. Trees lie one after the other, nodes in heap order: node
-        i has children 2i + 1 and 2i + 2.
+        master_logit [] with a master leaf; base_w1 [K, l, in], base_b1 [K, l], base_w2 [K, l, out],
+        base_b2 [K, out] with a shared base. Trees lie one after the other, nodes in heap order:
+        node i has children 2i + 1 and 2i + 2.
 
     Shape: [..., in] -> [..., out], any leading dimensions, zero tokens included.
 
@@ -187,6 +198,10 @@ class FFF(nn.Module):
     master_w2: Tensor
     master_b2: Tensor
     master_logit: Tensor
+    base_w1: Tensor | None
+    base_b1: Tensor | None
+    base_w2: Tensor | None
+    base_b2: Tensor | None
     node_usage: Tensor
     leaf_usage: Tensor
 
@@ -215,6 +230,7 @@ class FFF(nn.Module):
         hardening: float = 0.0,
         balance: float = 0.0,
         master_leaf_width: int = 0,
+        shared_leaf_base: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -238,6 +254,8 @@ class FFF(nn.Module):
             check_number("FFF", argument, number, 0.0, high)
         check_choice("FFF", "usage_mode", usage_mode, ("none", "soft", "hard"))
         check_routing("FFF", routing_gradient, slope, noise, alternates, min_slope)
+        if shared_leaf_base and row_sparse_grad:
+            reject("FFF", "row_sparse_grad", "False with shared_leaf_base", row_sparse_grad)
 
         self.input_width = input_width
         self.leaf_width = leaf_width
@@ -245,6 +263,7 @@ class FFF(nn.Module):
         self.depth = depth
         self.parallel_size = parallel_size
         self.master_leaf_width = master_leaf_width
+        self.shared_leaf_base = shared_leaf_base
         self.n_leaves = 2**depth
         self.n_nodes = 2**depth - 1
         self.activation = activation_name("FFF", "activation", activation)
@@ -288,6 +307,11 @@ class FFF(nn.Module):
         parameter("master_w2", master_leaf_width, output_width, present=master)
         parameter("master_b2", output_width, present=master)
         parameter("master_logit", present=master)
+        base = shared_leaf_base
+        parameter("base_w1", parallel_size, leaf_width, input_width, present=base)
+        parameter("base_b1", parallel_size, leaf_width, present=base)
+        parameter("base_w2", parallel_size, leaf_width, output_width, present=base)
+        parameter("base_b2", parallel_size, output_width, present=base)
         if usage_mode != "none":
             self.register_buffer("node_usage", torch.zeros(nodes, device=device))
             self.register_buffer("leaf_usage", torch.zeros(leaves, device=device))
@@ -298,14 +322,15 @@ class FFF(nn.Module):
         """Draw all weights anew, uniform in +-1 / sqrt(fan-in) as published, and forget the usage.
 
         What a tree adds to the output counts as fan-in: ``leaf_width`` hidden neurons per tree, and
-        with node outputs ``depth`` nodes more for those.
+        with node outputs ``depth`` nodes more for those. A shared leaf base is drawn in the leaves'
+        place, which become zero.
         """
         hidden = self.parallel_size * self.leaf_width
         path = self.parallel_size * (self.depth + self.leaf_width)
         for fan_in, weights in (
             (self.input_width, (self.node_weights, self.node_biases, self.w1, self.b1)),
-            (self.input_width, (self.master_w1, self.master_b1)),
-            (hidden, (self.w2, self.b2)),
+            (self.input_width, (self.base_w1, self.base_b1, self.master_w1, self.master_b1)),
+            (hidden, (self.w2, self.b2, self.base_w2, self.base_b2)),
             (path, (self.node_outputs,)),
             (self.master_leaf_width, (self.master_w2, self.master_b2)),
         ):
@@ -314,6 +339,9 @@ class FFF(nn.Module):
                     weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         if self.master_leaf_width:
             self.master_logit.fill_(0.5)
+        if self.shared_leaf_base:
+            for name in _LEAF_WEIGHTS:
+                getattr(self, name).zero_()
         if self.usage_mode != "none":
             self.node_usage.zero_()
             self.leaf_usage.zero_()
@@ -365,7 +393,7 @@ class FFF(nn.Module):
                 alternates = drawn_alternates(x, trees, levels, levels, self.alternates)
         output, scores, leaf = functional.tree(
             x,
-            *tree_weights(self, _TREE_WEIGHTS),
+            *self._tree_weights(),
             noise=noise,
             leaf_scale=leaf_scale,
             alternates=alternates,
@@ -393,7 +421,7 @@ class FFF(nn.Module):
             leak = torch.rand(shape, device=x.device) < self.region_leak
         output, node_logits, mixture = functional.soft_tree(
             x,
-            *tree_weights(self, _TREE_WEIGHTS),
+            *self._tree_weights(),
             leak=leak,
             dropout=self.dropout if training else 0.0,
             prune=self.prune,
@@ -411,6 +439,45 @@ class FFF(nn.Module):
             count_path(self.node_usage, self.leaf_usage, leaf, self.depth)
         balance = leaf_balance_loss(mixture) if self.balance else None
         return output, node_logits, balance
+
+    def _tree_weights(self) -> list[Any]:
+        weights = tree_weights(self, _TREE_WEIGHTS)
+        if self.shared_leaf_base:
+            weights[-len(_LEAF_WEIGHTS) :] = self._leaf_weights()
+        return weights
+
+    def _leaf_weights(self) -> list[Tensor]:
+        """Those that the leaves compute with."""
+        own = [getattr(self, name) for name in _LEAF_WEIGHTS]
+        if not self.shared_leaf_base:
+            return own
+        bases = [getattr(self, f"base_{name}") for name in _LEAF_WEIGHTS]
+        return [add_leaf_base(base, weight) for base, weight in zip(bases, own, strict=True)]
+
+    @torch.no_grad()
+    def fold(self) -> FFF:
+        """Add the shared leaf base into the leaves, in place, and drop its parameters.
+
+        The function stays the same to the bit; the layer is then that of
+        ``shared_leaf_base=False``, in speed, state dict and every other way. Without a base nothing
+        happens. In a Hugging Face model use :func:`torch_fff.recipes.fold`, which also updates its
+        config. An optimizer made before keeps the base's parameters, to no effect.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: a weight to be added is parametrised or pruned (``torch.nn.utils``).
+        """
+        if self.shared_leaf_base:
+            for name in (*_LEAF_WEIGHTS, *(f"base_{name}" for name in _LEAF_WEIGHTS)):
+                if name not in self._parameters:
+                    reject("FFF.fold", name, "a parameter", "a parametrised or pruned weight")
+            for name, weight in zip(_LEAF_WEIGHTS, self._leaf_weights(), strict=True):
+                getattr(self, name).copy_(weight)
+                setattr(self, f"base_{name}", None)
+            self.shared_leaf_base = False
+        return self
 
     def _noise(self, x: Tensor) -> Tensor:
         if self.region_leak > 0.5:
@@ -467,15 +534,23 @@ class FFF(nn.Module):
         """Optimizer group of what belongs to the nodes, [K * n, ...] each.
 
         "params"; and, unless ``usage_mode`` is "none", "usage", the counts [K * n] that
-        :class:`torch_fff.optim.LocalSGD` and ``LocalAdam`` read. The master leaf is in neither
-        group.
+        :class:`torch_fff.optim.LocalSGD` and ``LocalAdam`` read. The master leaf and a shared leaf
+        base are in neither group: every token uses them.
         """
         names = ("node_weights", "node_biases", "node_outputs")
         return self._param_group(names, "node_usage")
 
     def get_leaf_param_group(self) -> dict[str, Any]:
         """Optimizer group of what belongs to the leaves, [K * n_leaves, ...] each, as for nodes."""
-        return self._param_group(("w1", "b1", "w2", "b2"), "leaf_usage")
+        return self._param_group(_LEAF_WEIGHTS, "leaf_usage")
+
+    def get_leaf_base_param_group(self) -> dict[str, Any]:
+        """Optimizer group of the shared leaf base; its "params" are empty without one.
+
+        There is no "usage": all tokens use it, so that it is updated in every step.
+        """
+        bases = [getattr(self, f"base_{name}") for name in _LEAF_WEIGHTS]
+        return {"params": [base for base in bases if base is not None]}
 
     def _param_group(self, names: tuple[str, ...], usage: str) -> dict[str, Any]:
         weights = [getattr(self, name) for name in names]
@@ -487,6 +562,8 @@ class FFF(nn.Module):
     def published_state_dict(self) -> dict[str, Tensor]:
         """This layer's state dict for ``fastfeedforward.FFF`` (with master leaf: 2405.16836).
 
+        Leaves come with a shared base added, as after :meth:`fold`.
+
         Raises:
             ValueError: the layer has several trees or node outputs, which have no published form.
         """
@@ -496,7 +573,10 @@ class FFF(nn.Module):
         ):
             if value != published:
                 reject("FFF.published_state_dict", argument, repr(published), value)
-        state = to_published(self.state_dict(), FAST_FEEDFORWARD)
+        own = self.state_dict()
+        leaves = (weight.detach() for weight in self._leaf_weights())
+        own.update(zip(_LEAF_WEIGHTS, leaves, strict=True))
+        state = to_published(own, FAST_FEEDFORWARD)
         return {"depth": torch.tensor(self.depth), **state}
 
     def _load_from_state_dict(
@@ -523,6 +603,19 @@ class FFF(nn.Module):
             )
             for name in ("master_w1", "master_b1", "master_w2", "master_b2", "master_logit"):
                 state.pop(prefix + name, None)
+        bases = [prefix + f"base_{name}" for name in _LEAF_WEIGHTS]
+        if bases[0] in state and not self.shared_leaf_base:
+            error_msgs.append(
+                "FFF: shared_leaf_base: expected no base, the checkpoint has one: construct the "
+                "layer with shared_leaf_base=True, then fold() it if it is to have none"
+            )
+            for name in bases:
+                state.pop(name, None)
+        elif self.shared_leaf_base and bases[0] not in state and prefix + "w1" in state:
+            error_msgs.append(
+                "FFF: shared_leaf_base: expected a base, the checkpoint has none: construct the "
+                "layer with shared_leaf_base=False, or fold() it first"
+            )
         leaves = ("leaves (parallel_size * 2**depth)", self.parallel_size * self.n_leaves)
         leaf_width = ("leaf_width", self.leaf_width)
         expected = {

@@ -111,6 +111,16 @@ def node_reach(mixture: Tensor) -> Tensor:
     return torch.cat([mixture[..., :0], *reversed(levels)], -1)
 
 
+def add_leaf_base(base: Tensor, own: Tensor) -> Tensor:
+    """Weights of leaves that share a base: [K, ...] + [K * leaves, ...] -> [K * leaves, ...].
+
+    Leaf f of tree k has base[k] + own[k * leaves + f]. Each of w1, b1, w2 and b2 of the functions
+    below may be such a sum.
+    """
+    weights: Tensor = base.unsqueeze(1) + own.unflatten(0, (len(base), -1))
+    return weights.flatten(0, 1)
+
+
 def soft_tree(
     x: Tensor,
     node_weight: Tensor,
@@ -191,7 +201,8 @@ def tree(
     """One path per token and tree, the one that :func:`descend` takes.
 
     A visited node with an output row adds act(s) * node_output (arXiv 2311.10770); the leaf reached
-    adds sum_j leaf_scale_j * act(<x, w1_j> + b1_j) * w2_j + b2, ``leaf_scale`` [..., K, l].
+    adds sum_j leaf_scale_j * act(<x, w1_j> + b1_j) * w2_j + b2, ``leaf_scale`` [..., K, l]. An
+    output bias of a layer is added to ``output``, as to any sum.
 
     Decisions are c = 0 or 1. With ``straight_through`` they carry the gradient of a sigmoid,
     c = c_hard + sigmoid(slope * s) - stop(sigmoid(slope * s)), which the noise does not enter;

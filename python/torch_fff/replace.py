@@ -107,7 +107,7 @@ def replace_feedforward(
 
     The new layers have fresh weights (see :func:`torch_fff.convert` for trained ones), the block's
     widths, device, dtype and mode, and its activation unless one is given. An ``UltraFFF`` has no
-    output bias, with which the block's goes.
+    output bias unless asked for (``output_bias=True``).
 
     ``nn.TransformerEncoder`` computes whole layers in one fused kernel in inference, and drops
     padding by nested tensors; both are turned off for replaced layers. Call this on the model that
@@ -127,7 +127,7 @@ def replace_feedforward(
         reversible: keep the original modules, so that they can be restored; they take memory, but
             are no part of the model's parameters or state dict.
         options: of the layer, such as ``depth`` (always), ``leaf_width`` ("fff"),
-            ``parallel_size``, ``routing_gradient`` or ``train_hardened``.
+            ``parallel_size``, ``routing_gradient``, ``output_bias`` or ``shared_leaf_base``.
 
     Raises:
         ValueError: no block is found or selected; one is replaced already; the operators do not

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._activation import activation_name
-from ._arguments import check_count
+from ._arguments import check_count, reject
 from ._checkpoint import ULTRA_FAST_BERT, misfits, to_own, to_published
 from ._routing import (
     STRAIGHT_THROUGH,
@@ -21,7 +21,7 @@ from ._routing import (
     tree_weights,
 )
 
-_TREE_WEIGHTS = ("node_weights", "node_biases", "node_outputs")
+_WEIGHTS = ("node_weights", "node_biases", "node_outputs", "output_bias")
 _SHOWN_UNLESS_DEFAULT = (
     ("routing_gradient", "none"),
     ("slope", 1.0),
@@ -55,7 +55,9 @@ class UltraFFF(nn.Module):
         depth: levels of decisions, >= 0; the tree has one level of neurons more.
         parallel_size: number of trees K.
         activation: nn.ReLU, nn.GELU, nn.SiLU or nn.Identity, or the operators' name of one.
-        bias: whether neurons have a bias. There is no output bias.
+        bias: whether neurons have a bias.
+        output_bias: whether a bias, zero at first, is added to the sum of the trees. The published
+            layer has none.
         routing_gradient: "none" or "straight_through".
         slope: of the straight-through sigmoid.
         noise: scale of the logistic noise on decisions in training.
@@ -63,11 +65,12 @@ class UltraFFF(nn.Module):
             None for all.
         min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
         row_sparse_grad: give the parameters gradients that are sparse tensors of the visited nodes,
-            see :class:`FFF`.
+            see :class:`FFF`; that of ``output_bias`` stays dense.
         device, dtype: of the parameters.
 
     Parameters: node_weights [K * n, in], node_biases [K * n] (None without ``bias``), node_outputs
-    [K * n, out]; trees lie one after the other, nodes in heap order.
+    [K * n, out], output_bias [out] (None unless asked for). Trees lie one after the
+    other, nodes in heap order.
 
     Shape: [..., in] -> [..., out], any leading dimensions, zero tokens included.
 
@@ -86,6 +89,7 @@ class UltraFFF(nn.Module):
     node_weights: Tensor
     node_biases: Tensor | None
     node_outputs: Tensor
+    output_bias: Tensor | None
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class UltraFFF(nn.Module):
         activation: nn.Module | str = nn.GELU(),  # noqa: B008
         bias: bool = True,
         *,
+        output_bias: bool = False,
         routing_gradient: str = "none",
         slope: float = 1.0,
         noise: float = 0.0,
@@ -132,18 +137,22 @@ class UltraFFF(nn.Module):
         self.register_parameter("node_weights", parameter(nodes, input_width))
         self.register_parameter("node_biases", parameter(nodes) if bias else None)
         self.register_parameter("node_outputs", parameter(nodes, output_width))
+        self.register_parameter("output_bias", parameter(output_width) if output_bias else None)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew, as published: uniform in +-1 / sqrt(fan-in), a token's
-        ``parallel_size * (depth + 1)`` visited neurons being the fan-in of the output."""
+        ``parallel_size * (depth + 1)`` visited neurons being the fan-in of the output. The output
+        bias becomes zero."""
         bound = 1 / math.sqrt(self.input_width)
         self.node_weights.uniform_(-bound, bound)
         if self.node_biases is not None:
             self.node_biases.uniform_(-bound, bound)
         bound = 1 / math.sqrt(self.parallel_size * (self.depth + 1))
         self.node_outputs.uniform_(-bound, bound)
+        if self.output_bias is not None:
+            self.output_bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -155,11 +164,14 @@ class UltraFFF(nn.Module):
                 noise = decision_noise(x, trees, levels, noise=self.noise, slope=self.slope)
             if straight_through:
                 alternates = drawn_alternates(x, trees, levels, self.depth, self.alternates)
-        return functional.run_tree(
+        node_weights, node_biases, node_outputs, output_bias = tree_weights(self, _WEIGHTS)
+        output = functional.run_tree(
             self.min_slope,
             self.row_sparse_grad,
             x,
-            *tree_weights(self, _TREE_WEIGHTS),
+            node_weights,
+            node_biases,
+            node_outputs,
             None,  # no leaf networks
             None,
             None,
@@ -174,9 +186,18 @@ class UltraFFF(nn.Module):
             straight_through,
             self.slope,
         )[0]
+        if output_bias is not None:
+            output = output + output_bias.to(output.dtype)  # autocast lowers the trees' dtype alone
+        return output
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """The state dict of UltraFastBERT's training layer for this layer."""
+        """The state dict of UltraFastBERT's training layer for this layer.
+
+        Raises:
+            ValueError: the layer has an output bias, which has no published form.
+        """
+        if self.output_bias is not None:
+            reject("UltraFFF.published_state_dict", "output_bias", "False", True)
         return to_published(self.state_dict(), ULTRA_FAST_BERT)
 
     def _load_from_state_dict(
@@ -207,6 +228,8 @@ class UltraFFF(nn.Module):
         )
         if self.node_biases is None:
             shown += ", bias=False"
+        if self.output_bias is not None:
+            shown += ", output_bias=True"
         for name, default in _SHOWN_UNLESS_DEFAULT:
             value = getattr(self, name)
             if value != default:

@@ -89,7 +89,7 @@ def test_config_tells_what_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        UltraFFF(4, 4, 2, 3, "silu", bias=False, slope=2.0),
+        UltraFFF(4, 4, 2, 3, "silu", bias=False, output_bias=True, slope=2.0),
         FFF(
             4,
             3,
@@ -102,6 +102,7 @@ def test_config_tells_what_is_replaced(tmp_path: Path) -> None:
             usage_mode="hard",
             balance=0.1,
             master_leaf_width=2,
+            shared_leaf_base=True,
         ),
     ],
     ids=["ultra", "fff"],

@@ -85,9 +85,9 @@ def test_initial_weights_fill_their_published_range():
 def test_repr_shows_what_is_not_default():
     assert repr(UltraFFF(4, 2, 5)) == "UltraFFF(4, 2, 5, parallel_size=1, activation='gelu')"
     options = {"routing_gradient": "straight_through", "alternates": 2}
-    layer = UltraFFF(4, 2, 5, 3, "silu", bias=False, **options)
+    layer = UltraFFF(4, 2, 5, 3, "silu", bias=False, output_bias=True, **options)
     assert repr(layer) == (
-        "UltraFFF(4, 2, 5, parallel_size=3, activation='silu', bias=False, "
+        "UltraFFF(4, 2, 5, parallel_size=3, activation='silu', bias=False, output_bias=True, "
         "routing_gradient='straight_through', alternates=2)"
     )
 
@@ -119,6 +119,30 @@ def test_output_and_gradients_are_the_reference_s(depth, trees, bias, straight_t
     )
 
 
+def test_output_bias_is_added_to_the_sum_of_the_trees():
+    plain = UltraFFF(6, 4, 2, 3, dtype=torch.float64)
+    layer = UltraFFF(6, 4, 2, 3, output_bias=True, dtype=torch.float64)
+    assert not layer.output_bias.any()
+    layer.load_state_dict(plain.state_dict() | {"output_bias": torch.randn(4)})
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    y = layer(x)
+    torch.testing.assert_close(y, plain(x) + layer.output_bias, **EXACT)
+    g = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, layer.output_bias, g)[0], g.flatten(0, 1).sum(0), **EXACT
+    )
+    layer.reset_parameters()
+    assert not layer.output_bias.any()
+
+
+def test_output_bias_has_no_published_form():
+    layer = UltraFFF(4, 5, 2, output_bias=True)
+    with pytest.raises(ValueError, match=r"published_state_dict: output_bias: expected False"):
+        layer.published_state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*output_bias"):
+        layer.load_state_dict(UltraFFF(4, 5, 2).published_state_dict())
+
+
 def test_a_score_of_zero_goes_left():
     layer = UltraFFF(2, 3, 1, activation="identity")
     layer.node_weights.data.zero_()
@@ -147,8 +171,11 @@ def test_leading_dimensions(shape):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_autocast():
-    layer = UltraFFF(8, 8, 2).eval()
+@pytest.mark.parametrize("output_bias", [False, True])
+def test_autocast(output_bias):
+    layer = UltraFFF(8, 8, 2, output_bias=output_bias).eval()
+    if output_bias:
+        layer.output_bias.data.normal_()
     x = torch.randn(20, 8)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

@@ -1,0 +1,1 @@
+"""Accuracy tables, each reproduced by one command: see README.md."""

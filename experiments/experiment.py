@@ -1,0 +1,108 @@
+"""What an experiment is: named cells, a function that runs one, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .results import Record, Results
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a table. settings: a frozen dataclass of what JSON can hold."""
+
+    name: str
+    settings: Any
+
+    def fits(self, record: Record) -> bool:
+        return record.cell == self.name and same_settings(self.settings, record.settings)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """run(settings, seed) -> figures: a pure function, importable by name.
+
+    table(results): Markdown. plot(results, path): writes a PNG; results has only those of
+    ``cells``.
+    """
+
+    name: str
+    question: str
+    cells: tuple[Cell, ...]
+    run: Callable[[Any, int], Figures]
+    table: Callable[[Results], str]
+    plot: Callable[[Results, Path], None]
+    seeds: int = 5
+
+    def select(self, pattern: str | None) -> list[Cell]:
+        """The cells whose name has ``pattern`` as a part or fits it as a glob."""
+        wanted = [
+            cell
+            for cell in self.cells
+            if not pattern or pattern in cell.name or fnmatchcase(cell.name, pattern)
+        ]
+        if not wanted:
+            names = ", ".join(cell.name for cell in self.cells)
+            raise ValueError(f"{self.name}: --only: expected one of {names}, got {pattern}")
+        return wanted
+
+    def with_settings(self, changes: dict[str, Any]) -> Experiment:
+        """The same experiment with some settings of all cells changed."""
+        cells = tuple(Cell(cell.name, _changed(cell.settings, changes)) for cell in self.cells)
+        return replace(self, cells=cells)
+
+    def results(self, folder: Path) -> Results:
+        """What is known of the cells as they are now set."""
+        records = read(self.path(folder))
+        return Results({cell.name: [r for r in records if cell.fits(r)] for cell in self.cells})
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.name}.jsonl"
+
+
+def read(path: Path) -> list[Record]:
+    return list(_records(path)) if path.exists() else []
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            yield Record(**json.loads(line))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: line {number}: expected a run's record: {error}") from None
+
+
+def same_settings(settings: Any, stored: dict[str, Any]) -> bool:
+    """Whether ``stored``, a dataclass as JSON, equals ``settings``.
+
+    A field that is not stored had its default value: a setting that is added leaves results valid.
+    """
+    known = fields(settings)
+    if not isinstance(stored, dict) or set(stored) - {field.name for field in known}:
+        return False
+    for field in known:
+        value = getattr(settings, field.name)
+        if field.name not in stored:
+            same = value == field.default
+        elif is_dataclass(value):
+            same = same_settings(value, stored[field.name])
+        else:
+            same = value == stored[field.name]
+        if not same:
+            return False
+    return True
+
+
+def _changed(settings: Any, changes: dict[str, Any]) -> Any:
+    unknown = set(changes) - set(asdict(settings))
+    if unknown:
+        known = ", ".join(asdict(settings))
+        raise ValueError(f"--set: expected one of {known}, got {', '.join(sorted(unknown))}")
+    return replace(settings, **changes)

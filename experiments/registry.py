@@ -1,0 +1,10 @@
+"""All experiments, by name."""
+
+from __future__ import annotations
+
+from . import ablation, fashion_mnist, published, trees
+
+EXPERIMENTS = {
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (fashion_mnist, trees, ablation, published)
+}

@@ -1,0 +1,54 @@
+"""How a tree is trained: what is set before the first step, and what changes from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from torch_fff import FFF, UltraFFF, recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """routing: "straight_through", "none" (hard, without a routing gradient), "soft".
+
+    slope, noise, balance: of hard training, see :func:`torch_fff.recipes.straight_through`; in soft
+        training balance is the constant weight of the leaves' balance.
+    hardening: weight h of the nodes' mean entropy in soft training; hardening_first: h in the first
+        half.
+    alternates: branches not taken that are drawn a token; None for all.
+    region_leak: probability of flipping a decision.
+    """
+
+    routing: str = "straight_through"
+    noise: float = 1.0
+    slope: float = 10.0
+    balance: float = 0.1
+    hardening: float = 0.0
+    hardening_first: float | None = None
+    alternates: int | None = None
+    region_leak: float = 0.0
+
+
+def prepare(layer: nn.Module, recipe: Recipe) -> None:
+    """Set what stays as it is during training."""
+    if isinstance(layer, FFF):
+        layer.train_hardened = recipe.routing != "soft"
+        layer.region_leak = recipe.region_leak
+    if isinstance(layer, FFF | UltraFFF):
+        layer.routing_gradient = "none" if recipe.routing == "none" else "straight_through"
+        layer.alternates = recipe.alternates
+
+
+def schedule(recipe: Recipe, layer: nn.Module) -> recipes.Schedule:
+    if recipe.routing != "soft":
+        return recipes.straight_through(
+            slope=recipe.slope, noise=recipe.noise, balance=recipe.balance
+        )
+    assert isinstance(layer, FFF)
+    # The layer's own hardening loss is the sum over nodes.
+    nodes = max(layer.parallel_size * layer.n_nodes, 1)
+    h = recipe.hardening
+    first = h if recipe.hardening_first is None else recipe.hardening_first
+    return recipes.published(hardening=first / nodes, then=h / nodes, balance=recipe.balance)

@@ -1,0 +1,256 @@
+"""The experiments: what is run, what is kept, and what the tables say of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from examples.data import Images, Split
+from experiments import classification, fashion_mnist
+from experiments.experiment import Cell, Experiment
+from experiments.inspection import leaves_used, mean_entropy, soft_output
+from experiments.layers import Dense, Leaves, Neurons
+from experiments.registry import EXPERIMENTS
+from experiments.results import Record
+from experiments.runner import in_process, missing, run
+from experiments.tables import percent
+from experiments.training import Recipe, schedule
+from tolerances import assert_close
+from torch_fff import FFF, UltraFFF
+
+
+@dataclass(frozen=True)
+class Square:
+    base: int
+    behaviour: str = "return"
+
+
+def square(settings: Square, seed: int) -> dict[str, float]:
+    if settings.behaviour == "raise":
+        raise ArithmeticError("no square today")
+    if settings.behaviour == "die":
+        os._exit(3)
+    return {"square": settings.base**2 + seed, "threads": torch.get_num_threads()}
+
+
+def squares(*settings: Square) -> Experiment:
+    cells = tuple(Cell(f"{s.base}", s) for s in settings)
+    return Experiment("squares", "", cells, square, lambda results: "", lambda results, path: None)
+
+
+def record(cell: Cell, seed: int, **figures: float) -> Record:
+    return Record(cell.name, asdict(cell.settings), seed, figures, 1.0, "2", "cpu", "2026-01-01")
+
+
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> Images:
+    """Three classes that the first pixel tells apart."""
+
+    def split(samples: int) -> Split:
+        labels = torch.randint(3, (samples,))
+        pixels = torch.randn(samples, 6)
+        pixels[:, 0] += 4 * (labels - 1)
+        return Split(pixels, labels)
+
+    made = Images("random", ("a", "b", "c"), 0, 16, split(640), split(100), split(100))
+    monkeypatch.setattr(classification, "_images", lambda centred: made)
+    return made
+
+
+def test_results_are_kept_and_not_computed_again(tmp_path):
+    experiment = squares(Square(2), Square(3))
+    assert run(experiment, list(experiment.cells), seeds=1, jobs=2, folder=tmp_path) == 0
+    lines = [json.loads(line) for line in experiment.path(tmp_path).read_text().splitlines()]
+    assert {line["cell"]: line["figures"]["square"] for line in lines} == {"2": 4, "3": 9}
+    assert all(line["figures"]["threads"] == 1 for line in lines)
+
+    todo = missing(experiment, list(experiment.cells), 2, tmp_path)
+    assert [(cell.name, seed) for cell, seed in todo] == [("2", 1), ("3", 1)]
+    changed = squares(Square(2), Square(3, "other"))
+    todo = missing(changed, list(changed.cells), 1, tmp_path)
+    assert [cell.name for cell, _ in todo] == ["3"]
+    assert changed.results(tmp_path).seeds("3") == 0
+    assert experiment.results(tmp_path).mean("2", "square") == 4
+
+
+def test_a_setting_that_is_added_leaves_results_valid():
+    cell = Cell("x", Square(2))
+    stored = replace(record(cell, 0), settings={"base": 2})
+    assert cell.fits(stored)
+    assert not Cell("x", Square(2, "other")).fits(stored)
+    assert not cell.fits(replace(stored, settings={"base": 2, "removed": 1}))
+
+
+def test_a_run_that_fails_says_why_and_others_go_on(tmp_path):
+    experiment = squares(Square(1, "raise"), Square(2))
+    assert run(experiment, list(experiment.cells), seeds=1, jobs=1, folder=tmp_path) == 1
+    assert experiment.results(tmp_path).seeds("2") == 1
+    with pytest.raises(RuntimeError, match="died with exit code 3"):
+        in_process(square, Square(1, "die"), 0)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    experiment = squares(Square(2))
+    experiment.path(tmp_path).write_text('{"cell": 1}\n')
+    with pytest.raises(ValueError, match=r"squares.jsonl: line 1: expected a run's record"):
+        experiment.results(tmp_path)
+
+
+def test_unknown_cells_and_settings_are_refused():
+    experiment = EXPERIMENTS["fashion_mnist"]
+    assert len(experiment.select("*l=8*ours")) == 5
+    assert [cell.name for cell in experiment.select("FF w=16 pub")] == ["FF w=16 published"]
+    with pytest.raises(ValueError, match="--only: expected one of"):
+        experiment.select("nothing")
+    with pytest.raises(ValueError, match="--set: expected one of layer, recipe, epochs"):
+        experiment.with_settings({"nothing": 1})
+    assert {cell.settings.epochs for cell in experiment.with_settings({"epochs": 1}).cells} == {1}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_cells_are_distinct_and_buildable(name):
+    cells = EXPERIMENTS[name].cells
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        assert cell.fits(
+            replace(record(cell, 0), settings=json.loads(json.dumps(asdict(cell.settings))))
+        )
+
+
+@pytest.mark.parametrize(
+    ("layer", "visited", "neurons"),
+    [
+        (Dense(7), 7, 7),
+        (Leaves(8, 4), 12, 128),
+        (Leaves(1, 7, trees=2, node_output=True), 16, 2 * 255),
+        (Leaves(8, 1, master_leaf_width=8), 17, 24),
+        (Neurons(4, 7), 32, 1020),
+    ],
+)
+def test_layers_have_the_widths_they_claim(layer, visited, neurons):
+    assert (layer.visited, layer.neurons) == (visited, neurons)
+    built = layer.build(5, 3)
+    assert built(torch.randn(2, 5)).shape == (2, 3)
+    if isinstance(built, UltraFFF):
+        rows = len(built.node_outputs)
+    elif isinstance(built, FFF):
+        leaves = built.w1.shape[0] * built.w1.shape[1]
+        rows = leaves + (0 if built.node_outputs is None else len(built.node_outputs))
+        rows += built.master_leaf_width
+    else:
+        rows = built[0].out_features
+    assert rows == neurons
+
+
+@pytest.mark.parametrize(
+    ("layer", "recipe"),
+    [
+        (Dense(8), None),
+        (Leaves(2, 3, shared_leaf_base=True), Recipe()),
+        (Leaves(2, 3), Recipe("soft", balance=1.0, hardening=3.0, hardening_first=1.0)),
+        (Leaves(1, 3, node_output=True), Recipe(alternates=1, region_leak=0.1)),
+        (Neurons(2, 2), Recipe("none")),
+    ],
+)
+def test_a_run_learns_and_is_a_function_of_its_seed(images, layer, recipe):
+    settings = classification.Settings(layer, recipe, epochs=6, batch_size=16, learning_rate=5e-2)
+    figures = classification.run(settings, seed=1)
+    assert figures["test"] > 0.85
+    assert figures["memorisation"] > 0.85
+    again = classification.run(settings, seed=1)
+    assert {**again, "seconds": 0} == {**figures, "seconds": 0}
+    assert ("leaves" in figures) == (not isinstance(layer, Dense))
+
+
+def test_the_chosen_epoch_is_the_best_on_validation(images):
+    settings = classification.Settings(Leaves(2, 2), Recipe(), epochs=3, batch_size=16)
+    torch.manual_seed(0)
+    layer = settings.layer.build(6, 3)
+    seen = []
+    measure = classification.accuracy
+
+    def watched(model: nn.Module, split: Split) -> float:
+        seen.append(measure(model, split))
+        return seen[-1]
+
+    classification.accuracy = watched
+    try:
+        epoch, seconds = classification.train(layer, images, settings)
+    finally:
+        classification.accuracy = measure
+    assert seen[epoch] == max(seen)
+    assert measure(layer, images.validation) == max(seen)
+    assert 0 < seconds < time.perf_counter()
+
+
+def test_schedules():
+    layer = FFF(4, 2, 3, 3, train_hardened=True)
+    course = schedule(Recipe(slope=4.0), layer)
+    course.apply(layer, 0.0)
+    assert (layer.slope, layer.noise, layer.balance) == (1, 1, 0.1)
+    course.apply(layer, 0.8)
+    assert (layer.slope, layer.noise, layer.balance) == (4, 0, 0)
+    course = schedule(Recipe("soft", balance=1.0, hardening=3.0, hardening_first=1.0), layer)
+    for done, hardening in ((0.4, 1), (0.5, 3)):
+        course.apply(layer, done)
+        assert layer.hardening * layer.n_nodes == pytest.approx(hardening)
+        assert layer.balance == 1
+
+
+def test_soft_output_is_the_mixture_at_the_slope():
+    layer, x = FFF(5, 2, 3, 1, node_output=True, node_activation="identity"), torch.randn(9, 5)
+    layer.slope = 3.0
+    score = x @ layer.node_weights.T + layer.node_biases
+    right = torch.sigmoid(3 * score)
+    leaf = [
+        (x @ w1.T + b1).relu() @ w2 + b2 for w1, b1, w2, b2 in zip(*_leaves(layer), strict=True)
+    ]
+    expected = score * layer.node_outputs + (1 - right) * leaf[0] + right * leaf[1]
+    assert_close(soft_output(layer, x), expected)
+    assert layer.slope == 3.0
+
+
+def _leaves(layer: FFF) -> tuple[torch.Tensor, ...]:
+    return layer.w1, layer.b1, layer.w2, layer.b2
+
+
+@pytest.mark.parametrize("layer", [Leaves(2, 3, trees=2, node_output=True), Neurons(2, 3)])
+def test_steep_soft_trees_are_hard(layer):
+    built, x = layer.build(5, 3).eval(), torch.randn(50, 5)
+    built.slope = 1e7
+    assert_close(soft_output(built, x), built(x))
+    assert mean_entropy(built, x) < 1e-3
+    built.slope = 0.0
+    assert mean_entropy(built, x) == pytest.approx(0.6931, abs=1e-4)
+    assert leaves_used(built, x[:1]) == (2, 16)
+
+
+def test_fashion_mnist_table_shows_mean_spread_and_paper(tmp_path):
+    experiment = EXPERIMENTS["fashion_mnist"]
+    cell = next(cell for cell in experiment.cells if cell.name == "FFF l=8 w=128 ours")
+    for seed, test in enumerate((0.87, 0.88)):
+        figures = {"test": test, "memorisation": 0.9, "leaves_used": 15, "leaves": 16}
+        record(cell, seed, **figures).append_to(experiment.path(tmp_path))
+    results = experiment.results(tmp_path)
+    assert percent(results, cell.name, "test") == "87.5 ± 0.7"
+    text = experiment.table(results)
+    assert "87.5 ± 0.7 (86.1)" in text
+    assert "90.0 ± 0.0 (90.5)" in text
+    assert "15 of 16" in text
+    experiment.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_paper_grid():
+    """Leaf l at training width w has depth log2(w / l)."""
+    cells = {cell.name: cell.settings.layer for cell in fashion_mnist.cells()}
+    assert cells["FFF l=8 w=512 ours"] == Leaves(8, 6, shared_leaf_base=True)
+    assert cells["FFF l=1 w=128 ours"] == Leaves(1, 7, node_output=True, shared_leaf_base=True)
+    assert cells["FFF l=1 w=128 published"] == Leaves(1, 7)
+    assert {f"FF w={width}" for width in (5, 6, 7, 8, 9, 10, 11, 12, 14)} <= set(cells)
