@@ -7,7 +7,7 @@ from pathlib import Path
 from .classification import Settings, run
 from .experiment import Cell, Experiment
 from .layers import Dense, Leaves, Neurons
-from .plots import curve, figure, save, widths
+from .plots import curve, figure, legend, save, widths
 from .results import Results
 from .tables import details, markdown, origin, percent
 from .training import Recipe
@@ -97,7 +97,7 @@ def plot(results: Results, path: Path) -> None:
     widths(axes, (5, 8, 16, 32, 64, *WIDE))
     axes.set(xlabel="neurons visited", ylabel="test accuracy, %", title="Fashion-MNIST, hard")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8)
+    legend(axes, fontsize=8)
     save(made, path)
 
 
