@@ -4,7 +4,7 @@ from ._library import cmake_prefix_path, load
 
 load()  # the modules below use the operators
 
-from . import _fake, _vmap, functional, optim, recipes  # noqa: E402, F401
+from . import _fake, _vmap, functional, init, optim, recipes  # noqa: E402, F401
 from .convert import convert  # noqa: E402
 from .fff import FFF  # noqa: E402
 from .hugging_face import load_pretrained  # noqa: E402
@@ -22,6 +22,7 @@ __all__ = [
     "convert",
     "functional",
     "hardening_loss",
+    "init",
     "load_pretrained",
     "load_ultra_fast_bert",
     "optim",
