@@ -24,6 +24,7 @@ from .moe import balance_loss
 from .plots import figures, legend, save
 from .results import Results
 from .tables import markdown, origin
+from .training import parameters
 
 EVERY = 100  # steps between two validations
 WINDOWS = 256  # of validation
@@ -91,7 +92,10 @@ def run(settings: Settings, seed: int) -> Figures:
     data = text.load(None)
     torch.manual_seed(seed)
     model = build(settings)
-    optimizer, rates = _optimizer(model, settings)
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    groups = parameters(model, settings.node_lr_scale, **options)
+    optimizer = torch.optim.AdamW(groups, **options)
+    rates = [group["lr"] for group in optimizer.param_groups]
     losses, tokens, clock = [validation_loss(model, data, settings)], [0], [0.0]
     seconds, begin = 0.0, time.process_time()
     for step in range(settings.steps):
@@ -132,18 +136,6 @@ def build(settings: Settings) -> nn.Module:
     model = LanguageModel(s.width, s.heads, s.layers, s.length, neurons=1)
     put_into(model, s.block)
     return model
-
-
-def _optimizer(model: nn.Module, settings: Settings) -> tuple[torch.optim.Optimizer, list[float]]:
-    """And the highest learning rate of each of its groups."""
-    rate, decay = settings.learning_rate, settings.weight_decay
-    groups: Any = model.parameters()
-    if settings.node_lr_scale is not None:
-        groups = recipes.parameter_groups(
-            model, lr=rate, weight_decay=decay, node_lr_scale=settings.node_lr_scale
-        )
-    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
-    return optimizer, [group["lr"] for group in optimizer.param_groups]
 
 
 @torch.inference_mode()

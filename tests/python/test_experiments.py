@@ -168,7 +168,7 @@ def test_layers_have_the_widths_they_claim(layer, visited, neurons):
         (Dense(8), None),
         (Leaves(2, 3, shared_leaf_base=True), Recipe()),
         (Leaves(2, 3), Recipe("soft", balance=1.0, hardening=3.0, hardening_first=1.0)),
-        (Leaves(1, 3, node_output=True), Recipe(alternates=1, region_leak=0.1)),
+        (Leaves(1, 3, node_output=True), Recipe(alternates=1, region_leak=0.1, splits="median")),
         (Neurons(2, 2), Recipe("none")),
     ],
 )
@@ -200,7 +200,7 @@ def test_the_chosen_epoch_is_the_best_on_validation(images):
         classification.accuracy = measure
     assert seen[epoch] == max(seen)
     assert measure(layer, images.validation) == max(seen)
-    assert 0 < seconds < time.perf_counter()
+    assert 0 < seconds < time.process_time()
 
 
 def test_schedules():
