@@ -73,7 +73,7 @@ def table(results: Results) -> str:
             value = percent(results, cell, "test")
             mean, whole = (results.mean(c, "test") for c in (cell, name(leaf, depth, WHOLE)))
             if variant != WHOLE and mean is not None and whole is not None:
-                value += f" ({100 * (mean - whole):+.1f})"
+                value += f" ({100 * (mean - whole):+.2f})"
             rows.append([variant, value, str(results.seeds(cell))])
         parts += [f"### FFF l={leaf} d={depth}", markdown(["", "test", "seeds"], rows)]
     return "\n\n".join([*parts, "### all figures", details(results)])

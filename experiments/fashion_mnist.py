@@ -113,7 +113,9 @@ def plot(results: Results, path: Path) -> None:
     for style, label in (("o-", "recipe"), ("s--", "as published"), ("x:", "paper, best of 10")):
         axes.plot([], [], style, color="black", label=label)
     widths(axes, (5, 8, 12, *WIDTHS))
-    axes.set(xlabel="training width", ylabel="test accuracy, %", title="Fashion-MNIST, hard")
+    axes.set(
+        xlabel="training width", ylabel="test accuracy, %", title="Fashion-MNIST, hard routing"
+    )
     axes.grid(alpha=0.2)
     legend(axes, fontsize=8, ncol=2)
     save(made, path)
