@@ -20,11 +20,11 @@ from torch import nn
 
 import data
 from contenders import Contender, all_contenders
-from inspection import leaves_used, mean_entropy, soft_output
+from inspection import mean_entropy
 from report import Result, as_json, results_table, timing_table
 from results_figure import draw_results
 from timing import Block, Timing, can_compile, time_block
-from torch_fff import FFF, UltraFFF
+from torch_fff import FFF, UltraFFF, diagnostics
 from training import accuracy, published, straight_through, train
 from tree_figure import draw_tree
 
@@ -92,9 +92,10 @@ def measure(contender: Contender, test: data.Split) -> Result:
     layer = contender.layer
     soft = entropy = used = available = None
     if isinstance(layer, FFF | UltraFFF):
-        soft = accuracy(lambda x: soft_output(layer, x), test)
+        soft = accuracy(lambda x: diagnostics.soft_output(layer, x), test)
         entropy = mean_entropy(layer, test.pixels)
-        used, available = leaves_used(layer, test.pixels)
+        use = layer.report(test.pixels, soft=False)
+        used, available = use.leaves_used, use.leaves
     return Result(
         name=contender.name,
         hard=accuracy(layer, test),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .classification import Settings, run
 from .experiment import Cell, Experiment
@@ -18,21 +19,32 @@ SHAPES = ((8, 4), (1, 7))  # leaf width, depth
 WHOLE = "the recipe"
 
 
-def variants(layer: Leaves) -> dict[str, tuple[Leaves, Recipe]]:
+def variants(layer: Leaves) -> dict[str, Settings]:
     recipe = Recipe()
-    other = "with" if not layer.node_output else "without"
+    whole = Settings(layer, recipe)
+
+    def trained(**changes: Any) -> Settings:
+        return replace(whole, recipe=replace(recipe, **changes))
+
+    def shaped(**changes: Any) -> Settings:
+        return replace(whole, layer=replace(layer, **changes))
+
+    nodes = "without node outputs" if layer.node_output else "with node outputs"
     return {
-        WHOLE: (layer, recipe),
-        "no noise": (layer, replace(recipe, noise=0.0)),
-        "slope 1 throughout": (layer, replace(recipe, slope=1.0)),
-        "no balance": (layer, replace(recipe, balance=0.0)),
-        "no shared leaf base": (replace(layer, shared_leaf_base=False), recipe),
-        f"{other} node outputs": (replace(layer, node_output=not layer.node_output), recipe),
-        "no routing gradient": (layer, replace(recipe, routing="none")),
-        "one alternate drawn": (layer, replace(recipe, alternates=1)),
-        "soft training, h = 3": (layer, SOFT),
-        "soft training, h = 3, no base": (replace(layer, shared_leaf_base=False), SOFT),
-        "region leak 0.05": (layer, replace(recipe, region_leak=0.05)),
+        WHOLE: whole,
+        "no noise": trained(noise=0.0),
+        "slope 1 throughout": trained(slope=1.0),
+        "no balance": trained(balance=0.0),
+        "no shared leaf base": shaped(shared_leaf_base=False),
+        nodes: shaped(node_output=not layer.node_output),
+        "no routing gradient": trained(routing="none"),
+        "one alternate drawn": trained(alternates=1),
+        "soft training, h = 3": replace(whole, recipe=SOFT),
+        "region leak 0.05": trained(region_leak=0.05),
+        "median splits": trained(splits="median"),
+        "median splits along principal axes": trained(splits="principal"),
+        "no weight decay of nodes": replace(whole, node_lr_scale=1.0),
+        "nodes learn at half the rate": replace(whole, node_lr_scale=0.5),
     }
 
 
@@ -42,9 +54,9 @@ def name(leaf: int, depth: int, variant: str) -> str:
 
 def cells() -> tuple[Cell, ...]:
     return tuple(
-        Cell(name(leaf, depth, variant), Settings(layer, recipe))
+        Cell(name(leaf, depth, variant), settings)
         for leaf, depth in SHAPES
-        for variant, (layer, recipe) in variants(ours(leaf, depth)).items()
+        for variant, settings in variants(ours(leaf, depth)).items()
     )
 
 
@@ -61,7 +73,7 @@ def table(results: Results) -> str:
             value = percent(results, cell, "test")
             mean, whole = (results.mean(c, "test") for c in (cell, name(leaf, depth, WHOLE)))
             if variant != WHOLE and mean is not None and whole is not None:
-                value += f" ({100 * (mean - whole):+.1f})"
+                value += f" ({100 * (mean - whole):+.2f})"
             rows.append([variant, value, str(results.seeds(cell))])
         parts += [f"### FFF l={leaf} d={depth}", markdown(["", "test", "seeds"], rows)]
     return "\n\n".join([*parts, "### all figures", details(results)])

@@ -17,7 +17,9 @@ from torch_fff import FFF, UltraFFF, recipes
 from .experiment import Figures
 from .inspection import leaves_used, mean_entropy, soft_output
 from .layers import Layer
-from .training import Recipe, prepare, schedule
+from .training import Recipe, parameters, prepare, schedule
+
+SPLIT_BY = 8192  # training images that first decisions are made from
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Settings:
 
     decay: of the learning rate, "cosine" (after a warmup of 3 %) or "none".
     centred: pixels in [-1, 1] instead of zero mean and unit variance.
+    node_lr_scale: learning rate of the nodes, relative; weight decay is then for matrices of leaves
+        only (torch_fff.recipes.parameter_groups). None: one group of all parameters.
     """
 
     layer: Layer
@@ -37,6 +41,7 @@ class Settings:
     weight_decay: float = 0.01
     decay: str = "cosine"
     centred: bool = False
+    node_lr_scale: float | None = None
 
 
 def run(settings: Settings, seed: int) -> Figures:
@@ -46,7 +51,8 @@ def run(settings: Settings, seed: int) -> Figures:
         test, memorisation, validation, soft_validation: accuracies in [0, 1] with hard routing
         (soft: with soft) on the test, training and validation images; epoch: the chosen one;
         entropy: mean over validation images and nodes, nats; leaves_used, leaves; seconds: of
-        training. A dense layer has no soft_validation, entropy or leaves.
+        training, of the one thread that computes, without waiting for other programs. A dense layer
+        has no soft_validation, entropy or leaves.
     """
     images = _images(settings.centred)
     torch.manual_seed(seed)
@@ -75,27 +81,28 @@ def train(layer: nn.Module, images: Images, settings: Settings) -> tuple[int, fl
     batches = len(images.train) // settings.batch_size
     steps = settings.epochs * batches
     optimizer = _optimizer(layer, settings)
+    rates = [group["lr"] for group in optimizer.param_groups]
     course = None
     if settings.recipe:
-        prepare(layer, settings.recipe)
+        prepare(layer, settings.recipe, images.train.pixels[:SPLIT_BY])
         course = schedule(settings.recipe, layer)
     best, chosen, state, slope, seconds = -1.0, 0, layer.state_dict(), 1.0, 0.0
     for epoch in range(settings.epochs):
-        begin = time.perf_counter()
+        begin = time.process_time()
         layer.train()
         order = torch.randperm(len(images.train))[: batches * settings.batch_size]
         for step, rows in enumerate(order.view(batches, -1), epoch * batches):
             if course:
                 course.apply(layer, step / steps)
             if settings.decay == "cosine":
-                rate = settings.learning_rate * warm_cosine(step, steps)
-                optimizer.param_groups[0]["lr"] = rate
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * warm_cosine(step, steps)
             batch = images.train[rows]
             loss = cross_entropy(layer(batch.pixels), batch.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        seconds += time.perf_counter() - begin
+        seconds += time.process_time() - begin
         validation = accuracy(layer, images.validation)
         if validation > best:
             best, chosen, state = validation, epoch, copy.deepcopy(layer.state_dict())
@@ -108,8 +115,8 @@ def train(layer: nn.Module, images: Images, settings: Settings) -> tuple[int, fl
 
 def _optimizer(layer: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-    rate, decay = settings.learning_rate, settings.weight_decay
-    return kind(layer.parameters(), lr=rate, weight_decay=decay)
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return kind(parameters(layer, settings.node_lr_scale, **rates), **rates)
 
 
 def _images(centred: bool) -> Images:

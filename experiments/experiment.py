@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from .results import Record, Results
+from .settings import same
 
 Figures = dict[str, Any]
 
@@ -22,7 +23,7 @@ class Cell:
     settings: Any
 
     def fits(self, record: Record) -> bool:
-        return record.cell == self.name and same_settings(self.settings, record.settings)
+        return record.cell == self.name and same(self.settings, record.settings)
 
 
 @dataclass(frozen=True)
@@ -79,30 +80,9 @@ def _records(path: Path) -> Iterator[Record]:
             raise ValueError(f"{path}: line {number}: expected a run's record: {error}") from None
 
 
-def same_settings(settings: Any, stored: dict[str, Any]) -> bool:
-    """Whether ``stored``, a dataclass as JSON, equals ``settings``.
-
-    A field that is not stored had its default value: a setting that is added leaves results valid.
-    """
-    known = fields(settings)
-    if not isinstance(stored, dict) or set(stored) - {field.name for field in known}:
-        return False
-    for field in known:
-        value = getattr(settings, field.name)
-        if field.name not in stored:
-            same = value == field.default
-        elif is_dataclass(value):
-            same = same_settings(value, stored[field.name])
-        else:
-            same = value == stored[field.name]
-        if not same:
-            return False
-    return True
-
-
 def _changed(settings: Any, changes: dict[str, Any]) -> Any:
-    unknown = set(changes) - set(asdict(settings))
+    known = [field.name for field in fields(settings)]
+    unknown = sorted(set(changes) - set(known))
     if unknown:
-        known = ", ".join(asdict(settings))
-        raise ValueError(f"--set: expected one of {known}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"--set: expected one of {', '.join(known)}, got {', '.join(unknown)}")
     return replace(settings, **changes)

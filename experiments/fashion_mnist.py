@@ -7,7 +7,7 @@ from pathlib import Path
 from .classification import Settings, run
 from .experiment import Cell, Experiment
 from .layers import Dense, Leaves
-from .plots import curve, figure, save, widths
+from .plots import curve, figure, legend, save, widths
 from .results import Results
 from .tables import details, markdown, origin, percent
 from .training import Recipe
@@ -113,9 +113,11 @@ def plot(results: Results, path: Path) -> None:
     for style, label in (("o-", "recipe"), ("s--", "as published"), ("x:", "paper, best of 10")):
         axes.plot([], [], style, color="black", label=label)
     widths(axes, (5, 8, 12, *WIDTHS))
-    axes.set(xlabel="training width", ylabel="test accuracy, %", title="Fashion-MNIST, hard")
+    axes.set(
+        xlabel="training width", ylabel="test accuracy, %", title="Fashion-MNIST, hard routing"
+    )
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8, ncol=2)
+    legend(axes, fontsize=8, ncol=2)
     save(made, path)
 
 

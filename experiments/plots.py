@@ -11,10 +11,15 @@ from .results import Results
 
 def figure(**size: Any) -> tuple[Any, Any]:
     """(figure, its axes)"""
+    return figures(1, 1, **size)
+
+
+def figures(rows: int, columns: int, sharey: bool = False, **size: Any) -> tuple[Any, Any]:
+    """(figure, the axes of its panels)"""
     from matplotlib.figure import Figure  # an optional dependency, and slow to import
 
     made = Figure(layout="constrained", **size)
-    return made, made.subplots()
+    return made, made.subplots(rows, columns, sharey=sharey)
 
 
 def save(made: Any, path: Path) -> None:
@@ -40,6 +45,11 @@ def curve(
             capsize=2,
             **options,
         )
+
+
+def legend(axes: Any, **options: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**options)
 
 
 def widths(axes: Any, ticks: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from .classification import Settings, run
 from .experiment import Cell, Experiment
 from .layers import Leaves
-from .plots import curve, figure, save
+from .plots import curve, figure, legend, save
 from .results import Results
 from .tables import details, markdown, origin, percent
 from .training import Recipe
@@ -71,7 +71,7 @@ def plot(results: Results, path: Path) -> None:
     axes.set_xticks(range(len(shapes)), [f"l={leaf}\nd={depth}" for leaf, depth in shapes])
     axes.set(ylabel="test accuracy, %", title="Fashion-MNIST, soft training, hard inference")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8)
+    legend(axes, fontsize=8)
     save(made, path)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import ablation, fashion_mnist, published, trees
+from . import ablation, fashion_mnist, language_model, published, trees
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (fashion_mnist, trees, ablation, published)
+    for module in (fashion_mnist, trees, ablation, published, language_model)
 }

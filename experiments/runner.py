@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.machine import Machine
 
 from .experiment import Cell, Experiment, Figures, read
 from .results import Record
+from .settings import as_json
 
 Run = tuple[Cell, int]  # and a seed
 
@@ -69,7 +69,7 @@ def _record(function: Callable[[Any, int], Figures], cell: Cell, seed: int) -> R
     figures = in_process(function, cell.settings, seed)
     return Record(
         cell=cell.name,
-        settings=asdict(cell.settings),
+        settings=as_json(cell.settings),
         seed=seed,
         figures=figures,
         seconds=round(time.perf_counter() - begin, 2),

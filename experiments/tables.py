@@ -19,8 +19,8 @@ def percent(results: Results, cell: str, figure: str) -> str:
     if mean is None:
         return "-"
     if results.seeds(cell) == 1:
-        return f"{100 * mean:.1f}"
-    return f"{100 * mean:.1f} ± {100 * results.deviation(cell, figure):.1f}"
+        return f"{100 * mean:.2f}"
+    return f"{100 * mean:.2f} ± {100 * results.deviation(cell, figure):.2f}"
 
 
 def number(format: str) -> Callable[[Results, str, str], str]:

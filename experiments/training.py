@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from torch_fff import FFF, UltraFFF, recipes
+from torch_fff import FFF, UltraFFF, init, recipes
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Recipe:
         half.
     alternates: branches not taken that are drawn a token; None for all.
     region_leak: probability of flipping a decision.
+    splits: first decisions "as drawn", or at the "median" of training images, along directions as
+        drawn or "principal" axes (torch_fff.init.median_splits_).
     """
 
     routing: str = "straight_through"
@@ -29,16 +33,31 @@ class Recipe:
     hardening_first: float | None = None
     alternates: int | None = None
     region_leak: float = 0.0
+    splits: str = "as drawn"
 
 
-def prepare(layer: nn.Module, recipe: Recipe) -> None:
-    """Set what stays as it is during training."""
+def prepare(layer: nn.Module, recipe: Recipe, pixels: Tensor) -> None:
+    """Set what stays as it is during training, and first weights from ``pixels`` [samples, in]."""
     if isinstance(layer, FFF):
         layer.train_hardened = recipe.routing != "soft"
         layer.region_leak = recipe.region_leak
     if isinstance(layer, FFF | UltraFFF):
         layer.routing_gradient = "none" if recipe.routing == "none" else "straight_through"
         layer.alternates = recipe.alternates
+        if recipe.splits != "as drawn":
+            direction = "drawn" if recipe.splits == "median" else recipe.splits
+            init.median_splits_(layer, pixels, direction=direction)
+
+
+def parameters(
+    model: nn.Module, node_lr_scale: float | None, *, lr: float, weight_decay: float
+) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
+    """For an optimizer: one group, or with ``node_lr_scale`` those of recipes.parameter_groups."""
+    if node_lr_scale is None:
+        return model.parameters()
+    return recipes.parameter_groups(
+        model, lr=lr, weight_decay=weight_decay, node_lr_scale=node_lr_scale
+    )
 
 
 def schedule(recipe: Recipe, layer: nn.Module) -> recipes.Schedule:

@@ -7,7 +7,7 @@ from pathlib import Path
 from .classification import Settings, run
 from .experiment import Cell, Experiment
 from .layers import Dense, Leaves, Neurons
-from .plots import curve, figure, save, widths
+from .plots import curve, figure, legend, save, widths
 from .results import Results
 from .tables import details, markdown, origin, percent
 from .training import Recipe
@@ -28,14 +28,17 @@ FAMILIES: dict[str, tuple[Leaves | Neurons, ...]] = {
         *(Neurons(8, 4), Neurons(16, 3), Neurons(16, 4)),
     ),
     "FFF": (
-        *(plain(4, 3), plain(8, 2), plain(8, 4), plain(8, 6)),
-        *(plain(16, 3), plain(16, 5), plain(32, 2), plain(32, 4)),
+        *(plain(4, 3), plain(8, 2), plain(8, 4), plain(8, 6), plain(16, 3), plain(16, 5)),
+        *(plain(28, 4), plain(32, 2), plain(32, 5)),
     ),
     "FFF, node outputs": (
         *(with_outputs(1, 5), with_outputs(1, 7), with_outputs(1, 9), with_outputs(2, 6)),
         *(with_outputs(8, 4), with_outputs(16, 3)),
     ),
-    "K FFF": (plain(4, 4, 2), plain(8, 4, 2), plain(4, 4, 4), plain(8, 4, 4)),
+    "K FFF": (
+        *(plain(4, 4, 2), plain(8, 4, 2), plain(12, 4, 2), plain(4, 3, 4), plain(4, 4, 4)),
+        *(plain(8, 4, 4), plain(2, 2, 8), plain(4, 4, 8)),
+    ),
     "K FFF, node outputs": (
         *(with_outputs(1, 4, 2), with_outputs(1, 7, 2), with_outputs(1, 4, 4)),
         *(with_outputs(1, 7, 4), with_outputs(1, 4, 8), with_outputs(1, 4, 16)),
@@ -95,9 +98,11 @@ def plot(results: Results, path: Path) -> None:
                     text, (x, 100 * mean), (4, -3), textcoords="offset points", fontsize=6
                 )
     widths(axes, (5, 8, 16, 32, 64, *WIDE))
-    axes.set(xlabel="neurons visited", ylabel="test accuracy, %", title="Fashion-MNIST, hard")
+    axes.set(
+        xlabel="neurons visited", ylabel="test accuracy, %", title="Fashion-MNIST, hard routing"
+    )
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8)
+    legend(axes, fontsize=8)
     save(made, path)
 
 

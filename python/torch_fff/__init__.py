@@ -4,7 +4,7 @@ from ._library import cmake_prefix_path, load
 
 load()  # the modules below use the operators
 
-from . import _fake, _vmap, functional, optim, recipes  # noqa: E402, F401
+from . import _fake, _vmap, diagnostics, functional, init, optim, recipes  # noqa: E402, F401
 from .convert import convert  # noqa: E402
 from .fff import FFF  # noqa: E402
 from .hugging_face import load_pretrained  # noqa: E402
@@ -20,8 +20,10 @@ __all__ = [
     "UltraFFF",
     "cmake_prefix_path",
     "convert",
+    "diagnostics",
     "functional",
     "hardening_loss",
+    "init",
     "load_pretrained",
     "load_ultra_fast_bert",
     "optim",

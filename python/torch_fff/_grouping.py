@@ -38,9 +38,24 @@ class Dense:
         return self.hidden(x) @ self.w2 + self.b2
 
 
+def error_weights(y: Tensor) -> Tensor:
+    """Weights [out] of squared errors: 1 / standard deviation.
+
+    That lies between the plain squared error, which a few dimensions with outliers dominate, and
+    one in which all dimensions count alike, however little they carry. Scaled so that the error of
+    the mean has a loss of 1.
+    """
+    deviation = y.std(0, correction=0)
+    tiny = torch.finfo(y.dtype).tiny ** 0.5
+    weights = 1 / (deviation / deviation.max().clamp(min=tiny)).clamp(min=1e-3)
+    size = (weights * y.square().mean(0)).mean()
+    of_mean = (weights * deviation.square()).mean()
+    return weights / torch.maximum(of_mean, torch.finfo(y.dtype).eps * size).clamp(min=tiny)
+
+
 @torch.no_grad()
 def initialise(
-    layer: FFF, dense: Dense, x: Tensor, importance: Tensor, generator: torch.Generator
+    layer: FFF, dense: Dense, x: Tensor, importance: Tensor, generator: torch.Generator | None
 ) -> None:
     """Fill ``layer`` with the neurons of ``dense``, from tokens ``x`` [tokens, in].
 
@@ -82,16 +97,13 @@ def initialise(
             layer.b2[leaf] = dense.b2 / trees + constant
 
 
-def _two_means(z: Tensor, generator: torch.Generator) -> Tensor:
+def _two_means(z: Tensor, generator: torch.Generator | None) -> Tensor:
     """Two clusters of the rows of z [tokens, features], none under 30 % of them: bool [tokens].
 
     k-means, started on both sides of the first principal component.
     """
     centred = z - z.mean(0)
-    axis = torch.randn(z.shape[1], generator=generator).to(z)
-    for _ in range(8):
-        axis = F.normalize(centred.T @ (centred @ axis), dim=0)
-    side = centred @ axis > 0
+    side = centred @ principal_axes(centred, 1, generator)[:, 0] > 0
     for _ in range(8):
         if side.all() or not side.any():  # tokens that are all alike
             break
@@ -101,6 +113,17 @@ def _two_means(z: Tensor, generator: torch.Generator) -> Tensor:
         low, high = ordered[int(0.3 * len(z))], ordered[int(0.7 * len(z))]
         side = lead > torch.zeros_like(low).clamp(low, high)
     return side
+
+
+def principal_axes(centred: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """The first principal axes of the rows of centred [tokens, features], [features, count].
+
+    They are orthonormal; found by a few rounds of power iteration, their signs by chance.
+    """
+    axes = torch.randn(centred.shape[1], count, generator=generator).to(centred)
+    for _ in range(8):
+        axes = torch.linalg.qr(centred.T @ (centred @ axes)).Q
+    return axes
 
 
 def _hyperplane(x: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:

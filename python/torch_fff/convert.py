@@ -22,7 +22,7 @@ from ._blocks import Block, find_feedforward
 from ._calibration import block_inputs
 from ._conversion_report import BlockReport, ConversionReport
 from ._distil import distil
-from ._grouping import Dense, initialise
+from ._grouping import Dense, error_weights, initialise
 from .fff import FFF
 from .hugging_face import write_config
 
@@ -250,15 +250,15 @@ def _convert_block(
     x, x_test = x.to(layer.w1.dtype), x_test.to(layer.w1.dtype)
     with torch.no_grad():
         y, y_test = (torch.cat([dense(part) for part in t.split(4096)]) for t in (x, x_test))
-    importance = _importance(y)
+    weights = error_weights(y)
     subset = torch.randperm(len(x), generator=generator)[:_TOKENS_TO_GROUP].to(x.device)
-    initialise(layer, dense, x[subset], importance, generator)
+    initialise(layer, dense, x[subset], weights, generator)
     initial_error = _relative_error(layer, x_test, y_test)
     distil(
         layer.train(),
         x,
         y,
-        importance,
+        weights,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         generator=generator,
@@ -279,21 +279,6 @@ def _convert_block(
         dense_parameters=sum(p.numel() for p in block.parameters()),
         seconds=time.perf_counter() - began,
     )
-
-
-def _importance(y: Tensor) -> Tensor:
-    """Weights [out] of squared errors: 1 / standard deviation.
-
-    That lies between the plain squared error, which a few dimensions with outliers dominate, and
-    one in which all dimensions count alike, however little they carry. Scaled so that the error of
-    the mean has a loss of 1.
-    """
-    deviation = y.std(0, correction=0)
-    tiny = torch.finfo(y.dtype).tiny ** 0.5
-    importance = 1 / (deviation / deviation.max().clamp(min=tiny)).clamp(min=1e-3)
-    size = (importance * y.square().mean(0)).mean()
-    of_mean = (importance * deviation.square()).mean()
-    return importance / torch.maximum(of_mean, torch.finfo(y.dtype).eps * size).clamp(min=tiny)
 
 
 def _dense(block: Block, dtype: torch.dtype) -> Dense:

@@ -15,6 +15,7 @@ from ._activation import activation_name
 from ._arguments import check_choice, check_count, check_number, reject
 from ._auxiliary import attach_loss
 from ._checkpoint import FAST_FEEDFORWARD, misfits, to_own, to_published
+from ._inspected import Inspected
 from ._routing import (
     STRAIGHT_THROUGH,
     check_routing,
@@ -49,7 +50,7 @@ _SHOWN_UNLESS_DEFAULT = (
 )
 
 
-class FFF(nn.Module):
+class FFF(Inspected, nn.Module):
     r"""Fast feedforward layer (arXiv 2308.14711), a drop-in for ``fastfeedforward.FFF``.
 
     A binary tree of ``n_nodes`` = 2^depth - 1 decisions c = sigmoid(<x, w> + b) stands over

@@ -12,6 +12,7 @@ from ._activation import activation_name
 from ._arguments import reject
 from ._blocks import Block, find_feedforward
 from ._options import build_layer, parameters_per_token
+from ._table import aligned
 from .hugging_face import write_config
 
 __all__ = ["ReplacedBlock", "Replacement", "replace_feedforward", "restore_feedforward"]
@@ -67,17 +68,9 @@ class Replacement:
             counts = (row.parameters_before, row.parameters, row.parameters_per_token)
             numbers = (f"{count:,}" for count in counts)
             cells.append([row.name, row.kind, *numbers, f"{row.fraction:.2%}"])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
         count = f"{len(self.rows)} feedforward block{'s' if len(self.rows) > 1 else ''}"
         what = f"{count} {'would become' if self.dry_run else 'became'} {self.layer}"
-        return "\n".join([what, *lines])
+        return "\n".join([what, *aligned(cells, left=2)])
 
 
 def replace_feedforward(

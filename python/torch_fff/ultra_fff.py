@@ -13,6 +13,7 @@ from . import functional
 from ._activation import activation_name
 from ._arguments import check_count, reject
 from ._checkpoint import ULTRA_FAST_BERT, misfits, to_own, to_published
+from ._inspected import Inspected
 from ._routing import (
     STRAIGHT_THROUGH,
     check_routing,
@@ -32,7 +33,7 @@ _SHOWN_UNLESS_DEFAULT = (
 )
 
 
-class UltraFFF(nn.Module):
+class UltraFFF(Inspected, nn.Module):
     r"""UltraFastBERT's feedforward layer (arXiv 2311.10770): K trees of neurons, outputs added up.
 
     Every node is a neuron with an input row and an output row. A token visits depth + 1 nodes per
