@@ -147,10 +147,10 @@ def test_leading_dimensions(shape):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_autocast():
+def test_autocast(device):
     layer = UltraFFF(8, 8, 2).eval()
     x = torch.randn(20, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     twin = copy.deepcopy(layer).bfloat16()
@@ -237,9 +237,9 @@ def test_truncated_checkpoint():
     ],
     ids=["width", "0-d", "integer", "dtype mix"],
 )
-def test_bad_input(x, got):
+def test_bad_input(device, x, got):
     with pytest.raises((RuntimeError, ValueError), match=r"fff::tree: .* must .*got") as error:
-        UltraFFF(4, 5, 2)(x)
+        UltraFFF(4, 5, 2)(x.to(device))
     assert error.match(got)
 
 
