@@ -1,5 +1,5 @@
 # make demo     train and compare the layers on Fashion-MNIST; writes examples/output/
-# make test     C++ tests (plain, then sanitized), Python tests, linters
+# make test     C++ tests (plain, then sanitized), Python tests, a CUDA build, linters
 #
 # Either does its own set-up on a bare machine, in .venv and with Debian's packages, and reuses what
 # is there. Also: make build, lint, format, clean. PYTHON=... is the Python that .venv is made of.
@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .NOTPARALLEL:
-.PHONY: demo test build system test-cpp test-sanitized test-python lint format clean
+.PHONY: demo test build system test-cpp test-sanitized test-python test-cuda-build lint format clean
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -24,7 +24,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 demo: build
 	$(BIN)/python examples/fashion_mnist.py
 
-test: test-cpp test-sanitized test-python lint
+test: test-cpp test-sanitized test-python test-cuda-build lint
 
 build: $(VENV)/installed
 	$(CMAKE) -B $(BUILD) $(CMAKE_ARGS)
@@ -45,6 +45,38 @@ test-sanitized: $(VENV)/installed
 
 test-python: build
 	$(BIN)/python -m pytest
+
+# The op library for CUDA, built and loaded without a GPU, in an environment of its own: its torch,
+# 4.5 GB, and beside that the packages of .venv. Skipped where nvcc or that torch cannot be had.
+CUDA_TORCH := 2.11.0
+CUDA_BUILD := $(CURDIR)/build/cuda
+CUDA_PYTHON := $(CUDA_BUILD)/venv/bin/python
+
+test-cuda-build: $(VENV)/installed
+	@skip() { echo "skipped: test-cuda-build: $$1"; exit 0; }
+	nvcc=$$(command -v "$${CUDACXX:-nvcc}" || command -v /usr/local/cuda/bin/nvcc) \
+	    || skip "needs nvcc, in CUDACXX, on PATH or in /usr/local/cuda"
+	"$$nvcc" --version | grep -q 'release 13\.' || skip "$$nvcc is not of CUDA 13, as torch is"
+	[ -x $(CUDA_PYTHON) ] || $(BIN)/python -m venv $(CUDA_BUILD)/venv
+	is_there() {
+	  $(CUDA_PYTHON) -c 'import torch; assert torch.__version__ == "$(CUDA_TORCH)+cu130"' &>/dev/null
+	}
+	is_there || $(CUDA_PYTHON) -m pip install --quiet --no-cache-dir torch==$(CUDA_TORCH) || true
+	is_there || skip "torch $(CUDA_TORCH) for CUDA 13.0 cannot be installed"
+	site=$$($(CUDA_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+	    > "$$site/shared.pth"
+	export FORCE_CUDA=1 CUDACXX="$$nvcc" TORCH_CUDA_ARCH_LIST=9.0
+	$(CMAKE) -B $(CUDA_BUILD)/cmake -G Ninja -DPython_EXECUTABLE=$(CUDA_PYTHON) $(CMAKE_ARGS)
+	$(CMAKE) --build $(CUDA_BUILD)/cmake
+	rm -rf "$$site/torch_fff"
+	mkdir "$$site/torch_fff"
+	cp python/torch_fff/*.py "$$site/torch_fff"
+	$(CMAKE) --install $(CUDA_BUILD)/cmake --prefix "$$site/torch_fff"
+	$(CMAKE) --install $(CUDA_BUILD)/cmake --prefix "$$site/torch_fff" --component python
+	$(CUDA_PYTHON) -c 'from torch_fff import _C; assert _C.cuda_version'
+	$(CUDA_PYTHON) -m benchmarks kernels "$$site/torch_fff/lib/libtorch_fff.so" >/dev/null
+	$(CUDA_PYTHON) -m pytest
 
 CXX_FILES = $(shell find csrc cuda examples tests/cpp -regex '.*\.\(h\|cpp\|cu\|cuh\)')
 

@@ -43,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="PNG plots")
     plot.add_argument("reports", type=Path, nargs="+")
     plot.add_argument("--out", type=Path, help="directory; default: that of the first report")
+
+    kernels = commands.add_parser("kernels", help="CUDA kernels; exit status 1 if one spills")
+    kernels.add_argument("library", type=Path, help="libtorch_fff.so of a CUDA build")
+    kernels.add_argument("--into", type=Path, help="put the table between this document's markers")
     return main
 
 
@@ -76,6 +80,10 @@ def dispatch(arguments: argparse.Namespace) -> int:
         from .tables import print_tables
 
         return print_tables(arguments.reports, arguments.into)
+    if arguments.command == "kernels":
+        from .kernels import report_kernels
+
+        return report_kernels(arguments.library, arguments.into)
     from .plots import plot_files
 
     for path in plot_files(arguments.reports, arguments.out or arguments.reports[0].parent):

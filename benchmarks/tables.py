@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from .case import ModelCase
@@ -10,7 +9,7 @@ from .floors import best_of
 from .results import DENSE, NO_FEEDFORWARD, OURS, CaseResult, Report
 from .suites import SUITES
 from .suites.suite import NARROW
-from .text import digits, ratio, seconds
+from .text import digits, into_markers, markdown, ratio, seconds
 
 _DISTILBERT = ("distilbert", "distilbert-compiled")
 _DERIVED = ("dense-eager", "dense-compiled", "dense-onednn", *NARROW)
@@ -46,7 +45,7 @@ def suite_table(name: str, report: Report) -> str:
         row += [_memory(result)] if memory else []
         row += [_per_neuron(result)] if SUITES[name].per_neuron else []
         rows.append(row)
-    return "\n".join([_origin(report), "", _markdown(head, rows), *_left_out(results)])
+    return "\n".join([_origin(report), "", markdown(head, rows), *_left_out(results)])
 
 
 def _models_table(results: list[CaseResult]) -> str:
@@ -63,7 +62,7 @@ def _models_table(results: list[CaseResult]) -> str:
         row = [case, _spread(result), *(_time(result, name) for name in others)]
         row += [_gain(result, DENSE), _gain(result, _DISTILBERT)]
         rows.append([*row, *_limit(result)])
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _gain(result: CaseResult, names: tuple[str, ...]) -> str:
@@ -84,21 +83,15 @@ def _limit(result: CaseResult) -> list[str]:
 
 
 def put_into(document: str, reports: list[Report]) -> str:
-    """Replace what is between ``<!-- begin: SUITE -->`` and ``<!-- end: SUITE -->``.
+    """Fill the places of the suites, and that of the machines' floors, "machine"."""
 
-    "machine" stands for the machines' floors. Suites that no report has keep their text.
-    """
+    def text_of(name: str) -> str:
+        if name == "machine":
+            return machine_table(reports)
+        tables = [suite_table(name, report) for report in reports]
+        return "\n\n".join(table for table in tables if table)
 
-    def replaced(match: re.Match[str]) -> str:
-        if match["suite"] == "machine":
-            tables = [machine_table(reports)]
-        else:
-            tables = [suite_table(match["suite"], report) for report in reports]
-        text = "\n\n".join(table for table in tables if table)
-        return f"{match['begin']}\n{text}\n{match['end']}" if text else match[0]
-
-    pattern = r"(?P<begin><!-- begin: (?P<suite>\S+) -->).*?(?P<end><!-- end: (?P=suite) -->)"
-    return re.sub(pattern, replaced, document, flags=re.DOTALL)
+    return into_markers(document, text_of)
 
 
 def print_tables(paths: list[Path], into: Path | None) -> int:
@@ -126,7 +119,7 @@ def machine_table(reports: list[Report]) -> str:
         rates = [*floors.flops.values(), *floors.read.values(), floors.copy]
         row = [_machine(report), *(digits(rate / 1e9) for rate in rates), seconds(floors.call)]
         rows.append(row)
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _machine(report: Report) -> str:
@@ -140,11 +133,6 @@ def _origin(report: Report) -> str:
     quick = " **A quick run: not for quoting.**" if report.quick else ""
     where = f"{_machine(report)}, {torch}{malloc}, {report.date[:10]}"
     return f"{where}: `{report.command}`{quick}"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    rules = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rules, *rows))
 
 
 def _left_out(results: list[CaseResult]) -> list[str]:

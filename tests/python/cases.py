@@ -76,7 +76,7 @@ class TreeCase:
 def make_case(
     *,
     dtype=torch.float64,
-    device="cpu",
+    device=None,
     tokens=(7,),
     width=16,
     levels=3,
@@ -95,6 +95,8 @@ def make_case(
     **options,
 ):
     """A random tree and tokens. ``leaf_width=None`` makes a tree of neurons.
+
+    On torch's default device unless ``device`` is given.
 
     No token lies within the dtype's margin of a decision boundary, of the slope ``min_slope`` or of
     a ReLU's kink.

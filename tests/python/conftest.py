@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests, which run on every device there is."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +10,43 @@ import torch
 
 from torch_fff import _C
 
-DEVICES = ["cpu"]
-if _C.cuda_version is not None and torch.cuda.is_available():
-    DEVICES.append("cuda")
+HAS_GPU = _C.cuda_version is not None and torch.cuda.is_available()
+NEEDS_GPU = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with CUDA")
+
+# The tolerances are those of products in their own dtype, which are summed in float32 at least.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+# Without this cuBLAS refuses to work under torch.use_deterministic_algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return torch.device(request.param)
+def pytest_generate_tests(metafunc):
+    """Every test has a device: all there are, or the one that its marker names."""
+    if metafunc.definition.get_closest_marker("gpu"):
+        devices = [pytest.param("cuda", marks=NEEDS_GPU)]
+    elif metafunc.definition.get_closest_marker("cpu") or not HAS_GPU:
+        devices = ["cpu"]
+    else:
+        devices = ["cpu", "cuda"]
+    metafunc.parametrize("device", devices, indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def device(request):
+    """Where tensors and layers are made that name no device."""
+    chosen = torch.device(request.param)
+    if chosen.type == "cpu":
+        yield chosen
+        return
+    torch.set_default_device(chosen)
+    yield chosen
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def _seed(device):
     torch.manual_seed(0)
 
 

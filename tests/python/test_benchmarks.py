@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import commands, layers, models
+from benchmarks import commands, kernels, layers, models
 from benchmarks.baselines import BASELINES
 from benchmarks.baselines.dense import Dense
 from benchmarks.case import NONE, SOFT, STRAIGHT_THROUGH, TRAINING, Case, ModelCase
@@ -29,6 +29,8 @@ from benchmarks.runner import Options, run_case
 from benchmarks.suites import SUITES, select
 from benchmarks.tables import put_into, suite_table
 from benchmarks.timing import Effort, Timing, measure
+
+pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[2]
 EFFORT = Effort(rounds=3, turn=1e-4, budget=0.01, limit=5.0)
@@ -511,3 +513,84 @@ def test_restart_sets_the_allocator_and_keeps_the_arguments() -> None:
     command = [sys.executable, "-c", program, "a", "b c"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout == "True a b c\n"
+
+
+# --- CUDA kernels ---------------------------------------------------------------------------------
+
+# As cuobjdump writes it, for two architectures; of code and attributes only what is read.
+DUMPS = {
+    "--dump-resource-usage": """
+arch = sm_80
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN3fff4cuda4walkIfEEvT_:
+  REG:40 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
+arch = sm_90
+Resource usage:
+ Function _ZN3fff4cuda4walkIfEEvT_:
+  REG:168 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
+""",
+    "--dump-elf": """
+arch = sm_80
+.nv.info
+\tAttribute:\tEIATTR_REGCOUNT
+.nv.info._ZN3fff4cuda4walkIfEEvT_
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x20 0x4 0x1
+arch = sm_90
+.nv.info._ZN3fff4cuda4walkIfEEvT_
+\tAttribute:\tEIATTR_CBANK_PARAM_SIZE
+.nv.callgraph
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x1 0x1 0x1
+""",
+    "--dump-sass": """
+arch = sm_80
+\t\tFunction : _ZN3fff4cuda4walkIfEEvT_
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0010*/                   LDG.E R4, [R8] ;
+arch = sm_90
+\t\tFunction : _ZN3fff4cuda4walkIfEEvT_
+        /*0000*/                   STL.64 [R1], R4 ;
+        /*0010*/                   LDL.64 R4, [R1] ;
+""",
+}
+
+
+def test_kernels_are_read_and_spills_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "_dump", lambda option, library: DUMPS[option])
+    old, new = kernels.read_kernels(Path())
+    assert old.name in ("walk<float>", "_ZN3fff4cuda4walkIfEEvT_")  # without c++filt
+    assert (old.architecture, old.registers, old.shared) == ("sm_80", 40, 1024)
+    assert (old.threads, old.warps, old.tensor_cores, old.spills) == (128, 48, 1, False)
+    assert (new.architecture, new.registers, new.threads) == ("sm_90", 168, 0)
+    assert (new.warps, new.stack, new.local, new.spills) == (12, 16, 2, True)
+    document = tmp_path / "kernels.md"
+    document.write_text("<!-- begin: kernels -->\n<!-- end: kernels -->\n")
+    assert kernels.report_kernels(Path(), document) == 1
+    assert f"{new.name}, sm_90: uses local memory: 16 bytes" in capsys.readouterr().err
+    assert f"| `{new.name}` | sm_90 | 168 | - | 12 | 0 | 16 | 2 | 0 |" in document.read_text()
+    monkeypatch.setitem(kernels.MAY_USE_LOCAL_MEMORY, new.name, "a test")
+    assert kernels.report_kernels(Path(), document) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void fff::cuda::walk<fff::cuda::Token<float> >(long)", "walk<Token<float>>"),
+        ("void cub::sort<cub::Policy, (int)0>(unsigned int*)", "cub::sort<cub::Policy, (int)0>"),
+        ("_Z4walkPf", "_Z4walkPf"),
+    ],
+)
+def test_names_of_kernels_are_short(name: str, short: str) -> None:
+    assert kernels.short_name(name) == short
+
+
+def test_kernels_of_what_is_no_library(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a library, got no such file"):
+        kernels.read_kernels(tmp_path / "missing.so")

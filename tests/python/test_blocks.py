@@ -13,6 +13,8 @@ from families import FAMILIES, HIDDEN, SEQUENTIAL, WIDTH, Family, output
 from torch_fff._blocks import find_feedforward, recognise_activation
 from torch_fff.reference import ACTIVATIONS
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.mark.parametrize("family", FAMILIES, ids=repr)
 def test_every_block_is_found_and_described(family: Family) -> None:

@@ -28,6 +28,8 @@ import torch
 from cases import TreeCase
 from torch_fff import functional
 
+pytestmark = pytest.mark.cpu
+
 capability, inputs, outputs = sys.argv[1:]
 assert torch.backends.cpu.get_cpu_capability() == capability
 problems = torch.load(inputs)

@@ -15,6 +15,8 @@ from torch import nn
 from tolerances import assert_close
 from torch_fff import FFF, convert, load_pretrained, restore_feedforward
 
+pytestmark = pytest.mark.cpu
+
 WIDTH, HIDDEN = 12, 48
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_minilm.py"
 

@@ -81,7 +81,7 @@ TREE_ERRORS = {
         ["node_activation", "'relu'", "tanh"],
     ),
     "leaf_activation": (changed("leaf_activation", lambda _: ""), ["leaf_activation", "'relu'"]),
-    "device": (changed("w2", lambda t: t.to("meta")), ["w2", "cpu", "meta"]),
+    "device": (changed("w2", lambda t: t.to("meta")), ["w2", "meta"]),
 }
 OF_DESCEND = [
     "width of x",
@@ -150,11 +150,13 @@ def test_soft_tree(name):
 @pytest.mark.parametrize(
     "leak", [torch.zeros(7, 3, 7), torch.zeros(7, 3, 1, dtype=torch.bool)], ids=["dtype", "shape"]
 )
-def test_leak(leak):
+def test_leak(device, leak):
     case = make_case(trees=3)
     expected = ["leak", "bool", "[7, 3, 7]"]
     check_error(
-        lambda: case.run(lambda **kw: functional.soft_tree(**kw, leak=leak)), "soft_tree", expected
+        lambda: case.run(lambda **kw: functional.soft_tree(**kw, leak=leak.to(device))),
+        "soft_tree",
+        expected,
     )
 
 
@@ -174,16 +176,16 @@ def test_neurons_need_a_level():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("logits", "expected"),
     [
-        ((torch.zeros(5, 6),), ["node_logits", "2^depth - 1", "[5, 6]"]),
-        ((torch.zeros(()),), ["node_logits", "2^depth - 1", "scalar"]),
-        ((torch.zeros(5, 7, dtype=torch.int32),), ["node_logits", "float32", "Int"]),
+        (torch.zeros(5, 6), ["node_logits", "2^depth - 1", "[5, 6]"]),
+        (torch.zeros(()), ["node_logits", "2^depth - 1", "scalar"]),
+        (torch.zeros(5, 7, dtype=torch.int32), ["node_logits", "float32", "Int"]),
     ],
     ids=["width", "scalar", "integer"],
 )
-def test_leaf_mixture(arguments, expected):
-    check_error(lambda: functional.leaf_mixture(*arguments), "fff::leaf_mixture", expected)
+def test_leaf_mixture(device, logits, expected):
+    check_error(lambda: functional.leaf_mixture(logits.to(device)), "fff::leaf_mixture", expected)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +200,9 @@ def test_leaf_mixture(arguments, expected):
     ],
     ids=["width", "tokens", "no leaves", "dtypes", "integer", "activation"],
 )
-def test_gated_activation(pre, mixture, activation, expected):
+def test_gated_activation(device, pre, mixture, activation, expected):
     check_error(
-        lambda: functional.gated_activation(pre, mixture, activation),
+        lambda: functional.gated_activation(pre.to(device), mixture.to(device), activation),
         "fff::gated_activation",
         expected,
     )
@@ -227,8 +229,10 @@ def test_tree_backward(position, change, expected):
 
 @pytest.mark.parametrize("wild", [8, -1, 2**40 + 3])
 @pytest.mark.parametrize("name", ["tree_backward", "tree_backward_rows"])
-def test_leaf_outside_of_tree(name, wild):
+def test_leaf_outside_of_tree(device, name, wild):
     """Whatever leaf a caller passes, nothing outside the tree is read or written."""
+    if name == "tree_backward_rows" and device.type != "cpu":
+        pytest.skip("an op of the CPU")
     case = make_case()
     op = getattr(torch.ops.fff, name)
     output, scores, leaf = torch.ops.fff.tree(*case.arguments())
@@ -242,11 +246,11 @@ def test_leaf_outside_of_tree(name, wild):
 
 
 @pytest.mark.parametrize("position", range(8))
-def test_one_meta_tensor(position):
+def test_one_meta_tensor(device, position):
     """The dispatcher calls the fake then, which must not answer with uninitialised memory."""
     arguments = list(make_case(node_output=True).arguments())
     arguments[position] = arguments[position].to("meta")
-    check_error(lambda: torch.ops.fff.tree(*arguments), "fff::tree", ["cpu", "meta", "x"])
+    check_error(lambda: torch.ops.fff.tree(*arguments), "fff::tree", [device.type, "meta", "x"])
 
 
 @pytest.mark.parametrize(

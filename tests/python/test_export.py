@@ -5,6 +5,8 @@ import torch
 
 from examples.cpp.export_model import WIDTH, Model
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.fixture
 def model(exported):

@@ -403,13 +403,13 @@ def test_output_with_own_losses_may_be_changed_in_place():
 
 
 @pytest.mark.parametrize("own_loss", ["hardening", "balance"])
-def test_own_losses_refuse_float16(own_loss):
+def test_own_losses_refuse_float16(device, own_loss):
     message = "FFF: hardening and balance: expected .* got float16"
     layer = FFF(4, 3, 5, 2, **{own_loss: 0.1})
     x = torch.randn(6, 4)
-    with torch.autocast("cpu", torch.float16), pytest.raises(RuntimeError, match=message):
+    with torch.autocast(device.type, torch.float16), pytest.raises(RuntimeError, match=message):
         layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         layer(x).sum().backward()
     with pytest.raises(RuntimeError, match=message):
         layer.half()(x.half())
@@ -555,14 +555,15 @@ def test_what_has_no_published_form(option):
     ],
     ids=["width", "0-d", "integer", "dtype mix"],
 )
-def test_bad_input(x, got, hard):
+def test_bad_input(device, x, got, hard):
     with pytest.raises((RuntimeError, ValueError), match=r"tree: .*(expected|must).*got") as error:
-        FFF(4, 3, 5, 2)(x, use_hard_decisions=hard)
+        FFF(4, 3, 5, 2)(x.to(device), use_hard_decisions=hard)
     assert error.match(got)
 
 
-def test_device_mix():
-    with pytest.raises(ValueError, match=r"node_weight: expected device meta, got .*cpu"):
+def test_device_mix(device):
+    message = f"node_weight: expected device meta, got .*{device.type}"
+    with pytest.raises(ValueError, match=message):
         FFF(4, 3, 5, 2)(torch.zeros(6, 4, device="meta"))
 
 

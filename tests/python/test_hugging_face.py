@@ -11,6 +11,8 @@ from torch_fff import FFF, UltraFFF, load_pretrained, replace_feedforward, resto
 from torch_fff._blocks import find_feedforward
 from torch_fff._options import layer_options
 
+pytestmark = pytest.mark.cpu
+
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 

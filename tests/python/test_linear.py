@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from tolerances import assert_close
 
+pytestmark = pytest.mark.cpu
+
 linear = torch.ops.fff.linear
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (tokens, in, out): the last two are large enough for another library than ATen's choice.
@@ -16,15 +18,15 @@ SHAPES = [(0, 8, 4), (1, 8, 1), (5, 33, 7), (70, 200, 300), (256, 96, 130)]
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_torch(device, dtype, shape, bias, transposed):
+def test_equals_torch(dtype, shape, bias, transposed):
     tokens, width, out = shape
-    x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
-    weight = torch.randn(width, out, device=device).to(dtype).t()
+    x = torch.randn(tokens, width).to(dtype).requires_grad_()
+    weight = torch.randn(width, out).to(dtype).t()
     weight = (weight if transposed else weight.contiguous()).requires_grad_()
     inputs = [x, weight]
     if bias:
-        inputs.append(torch.randn(out, device=device).to(dtype).requires_grad_())
-    grad = torch.randn(tokens, out, device=device).to(dtype)
+        inputs.append(torch.randn(out).to(dtype).requires_grad_())
+    grad = torch.randn(tokens, out).to(dtype)
     actual = linear(x, weight, inputs[2] if bias else None)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = F.linear(*exact)
@@ -39,8 +41,8 @@ def test_equals_torch(device, dtype, shape, bias, transposed):
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_only_wanted_gradients(device, frozen):
-    inputs = [torch.randn(s, device=device) for s in ((6, 8), (3, 8), (3,))]
+def test_only_wanted_gradients(frozen):
+    inputs = [torch.randn(s) for s in ((6, 8), (3, 8), (3,))]
     for i, t in enumerate(inputs):
         t.requires_grad_(i != frozen)
     linear(*inputs).square().sum().backward()

@@ -9,6 +9,8 @@ from torch import nn
 from torch_fff import FFF
 from torch_fff.optim import LocalAdam, LocalSGD
 
+pytestmark = pytest.mark.cpu
+
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 
 SGD = [

@@ -32,8 +32,8 @@ CASES = [
 
 def threshold(mixture, share):
     """A ``prune`` that keeps about this share of the leaves, far from the weight of any."""
-    weights = torch.cat([mixture.detach().double().flatten(), torch.tensor([1e-9, 1.0])])
-    weights = weights.sort().values
+    weights = [1e-9, 1.0, *mixture.flatten().tolist()]
+    weights = torch.tensor(weights, dtype=torch.float64, device="cpu").sort().values
     at = min(int((1 - share) * (len(weights) - 1)), len(weights) - 2)
     around = weights[max(at - 20, 0) : at + 21].log()
     widest = around.diff().argmax()
@@ -73,7 +73,7 @@ def definition(x, mixture, w1, b1, w2, b2, prune, activation):
 def test_equals_reference(device, dtype, options, share):
     case = make_case(dtype=dtype, device=device, **options)
     exact = case.to(torch.float64)
-    prune = threshold(exact.run(reference.soft_tree).mixture.cpu(), share)
+    prune = threshold(exact.run(reference.soft_tree).mixture, share)
     grads = [torch.randn_like(output) for output in case.run(functional.soft_tree)]
     actual = solve(functional.soft_tree, case, prune, grads)
     expected = solve(reference.soft_tree, exact, prune, [g.double() for g in grads])
@@ -83,6 +83,7 @@ def test_equals_reference(device, dtype, options, share):
         assert_close(a, e, name=name)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("prune", [0.0, 1e-3, 0.1, 1.0])
 @pytest.mark.parametrize(
     "options", [{}, {"tokens": (1100,), "width": 33, "b2": False}, {"leaf_width": 9, "b1": False}]
@@ -104,6 +105,7 @@ def test_op_equals_definition(dtype, options, prune):
         assert_close(a, e)
 
 
+@pytest.mark.cpu
 def test_both_sides_of_the_border(monkeypatch):
     """Leaf by leaf or as products over all leaves: the same."""
     case = make_case(tokens=(60,), levels=5, trees=2, node_output=True)
@@ -116,6 +118,7 @@ def test_both_sides_of_the_border(monkeypatch):
         assert_close(sparse, dense)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("kept", [0.3, 0.7])
 def test_leaves_are_skipped_where_that_pays(kept):
     case = make_case(tokens=(60,), levels=5)
@@ -149,6 +152,7 @@ def test_error_is_bounded(prune, sharpness):
     assert dropped.any() == (not torch.equal(output, full.output))
 
 
+@pytest.mark.cpu
 def test_the_heaviest_leaf_stays():
     mixture = torch.tensor([[0.2, 0.3, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
     pruned = functional.prune_mixture(mixture, 1.0)
@@ -192,6 +196,7 @@ def test_dropout_is_that_of_all_leaves():
     assert_close(actual, expected.output)
 
 
+@pytest.mark.cpu
 def test_any_number_of_threads_gives_the_same_bits():
     given = arguments(torch.float32, tokens=(1500,), width=70, out=130)
     results = []
@@ -205,6 +210,7 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("prune", [0.05, 0.3, 1.0])
 def test_gradcheck(prune):
     given = arguments(torch.float64, tokens=(2,), width=3, leaf_width=2, out=2, levels=2)
@@ -213,6 +219,7 @@ def test_gradcheck(prune):
     assert torch.autograd.gradcheck(lambda *inputs: OP(*inputs, prune, "gelu"), given)
 
 
+@pytest.mark.cpu
 def test_no_double_backward():
     given = arguments(torch.float32)
     loss = OP(*given, 0.1, "gelu").square().sum()
@@ -221,6 +228,7 @@ def test_no_double_backward():
         gradient.sum().backward()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"tokens": (2, 0, 3)}, {"tokens": (), "b1": False}])
 def test_opcheck(dtype, options):
@@ -232,6 +240,7 @@ def test_opcheck(dtype, options):
         torch.library.opcheck(BACKWARD.default, (g, *constant, 0.05, "relu", mask))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("density", [0.0, 0.04, 1.0])
 @pytest.mark.parametrize("tokens", [(), (0,), (40,), (2, 33), (1100,)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -248,6 +257,7 @@ def test_gradient_of_the_scores(dtype, tokens, density):
         assert_close(a, e)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("density", [0.04, 1.0])
 @pytest.mark.parametrize("mask", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_scores(mask, density):
@@ -256,6 +266,7 @@ def test_opcheck_of_the_scores(mask, density):
     torch.library.opcheck(torch.ops.fff.sparse_linear_backward.default, (g, x, weight, mask))
 
 
+@pytest.mark.cpu
 def test_no_double_backward_of_the_scores():
     x = torch.randn(40, 7, requires_grad=True)
     weight = torch.randn(15, 7, requires_grad=True)
@@ -276,6 +287,7 @@ def test_compiles_without_breaks():
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cpu
 def test_autocast():
     case = make_case(dtype=torch.float32, tokens=(64,), levels=5, leaf_activation="gelu")
     case.tensors["node_weight"] *= 10
@@ -290,6 +302,7 @@ def test_autocast():
     assert torch.equal(output, lower)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("batched", ["tokens", "weights"])
 def test_vmap(batched):
     dims = (0, 0, None, None, None, None) if batched == "tokens" else (None, None, 0, 0, 0, 0)
@@ -339,6 +352,7 @@ def test_layer():
     assert "prune=0.03" in repr(FFF(4, 1, 4, 1, prune=0.03))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("prune", [-0.1, 1.5, math.nan, "0.1"])
 def test_refuses_a_wrong_threshold(prune):
     message = r"prune: expected a number in \[0, 1\], got"
@@ -351,6 +365,7 @@ def test_refuses_a_wrong_threshold(prune):
             OP(*arguments(torch.float32), prune, "relu")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("position", "change", "message"),
     [

@@ -8,6 +8,8 @@ from torch import nn
 
 from torch_fff import FFF, UltraFFF
 
+pytestmark = pytest.mark.cpu
+
 # What two orders of the same float32 sums differ by at these sizes.
 ROUNDING = {"rtol": 2e-5, "atol": 2e-6}
 

@@ -10,6 +10,8 @@ from tolerances import assert_close
 from torch_fff import reference
 from torch_fff.functional import bernoulli_entropy
 
+pytestmark = pytest.mark.cpu
+
 
 def published(depth, **options):
     """A layer of the published package, and its parameters as arguments of the reference."""

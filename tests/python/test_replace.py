@@ -23,6 +23,8 @@ from families import (
 from torch_fff import FFF, UltraFFF, replace_feedforward, restore_feedforward
 from torch_fff._blocks import find_feedforward
 
+pytestmark = pytest.mark.cpu
+
 NOT_GATED = [family for family in FAMILIES if family.kind != "gated"]
 GATED = [family for family in FAMILIES if family.kind == "gated"]
 

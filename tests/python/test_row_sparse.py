@@ -13,6 +13,8 @@ from torch_fff import FFF, UltraFFF, functional
 from torch_fff._routing import visited_nodes
 from torch_fff.optim import LocalAdam, LocalSGD
 
+pytestmark = pytest.mark.cpu
+
 OF_NODES = ("node_weight", "node_bias", "node_output")
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 TOUR = Path(__file__).parents[2] / "examples" / "tour.ipynb"
 
 

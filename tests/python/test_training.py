@@ -25,7 +25,7 @@ def build(**options):
 
 
 def tokens(count=24):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     return torch.randn(count, 6, dtype=torch.float64, generator=generator)
 
 
@@ -102,6 +102,7 @@ def _ddp(rank, world_size, rendezvous, results):
     os._exit(0)
 
 
+@pytest.mark.cpu
 def test_ddp_averages_the_layers_own_losses(tmp_path):
     results = tmp_path / "gradients.pt"
     mp.spawn(_ddp, (2, f"file://{tmp_path}/rendezvous", results), nprocs=2)
@@ -109,7 +110,7 @@ def test_ddp_averages_the_layers_own_losses(tmp_path):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_autocast_bfloat16(hard):
+def test_autocast_bfloat16(device, hard):
     options = {"dropout": 0.1, "noise": 0.5, "region_leak": 0.1, "balance": 0.1}
     options |= {"hardening": 0.1, "usage_mode": "hard", "master_leaf_width": 4}
     torch.manual_seed(0)
@@ -117,7 +118,7 @@ def test_autocast_bfloat16(hard):
         FFF(8, 4, 8, 3, train_hardened=hard, parallel_size=2, node_output=True, **options),
         UltraFFF(8, 8, 2, noise=0.5, routing_gradient="straight_through"),
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(torch.randn(32, 8))
         assert y.dtype == torch.bfloat16
         loss = y.float().square().mean() + (0 if hard else hardening_loss(model))
@@ -131,7 +132,7 @@ def test_autocast_bfloat16(hard):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_autocast_is_close_to_float32(hard):
+def test_autocast_is_close_to_float32(device, hard):
     torch.manual_seed(0)
     layer = FFF(16, 8, 8, 2, master_leaf_width=4)
     x = torch.randn(64, 16)
@@ -139,7 +140,7 @@ def test_autocast_is_close_to_float32(hard):
     for tensor in (x, layer.node_weights.data, layer.node_biases.data):
         tensor.copy_(tensor.bfloat16())
     expected = layer(x, use_hard_decisions=hard)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         actual = layer(x, use_hard_decisions=hard)
     torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.02)
 

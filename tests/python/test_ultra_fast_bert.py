@@ -14,6 +14,8 @@ from torch import Tensor
 
 from torch_fff import UltraFFF, load_pretrained, load_ultra_fast_bert, reference
 
+pytestmark = pytest.mark.cpu
+
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 

@@ -172,12 +172,12 @@ def test_leading_dimensions(shape):
 
 
 @pytest.mark.parametrize("output_bias", [False, True])
-def test_autocast(output_bias):
+def test_autocast(output_bias, device):
     layer = UltraFFF(8, 8, 2, output_bias=output_bias).eval()
     if output_bias:
         layer.output_bias.data.normal_()
     x = torch.randn(20, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     twin = copy.deepcopy(layer).bfloat16()
@@ -264,9 +264,9 @@ def test_truncated_checkpoint():
     ],
     ids=["width", "0-d", "integer", "dtype mix"],
 )
-def test_bad_input(x, got):
+def test_bad_input(device, x, got):
     with pytest.raises((RuntimeError, ValueError), match=r"fff::tree: .* must .*got") as error:
-        UltraFFF(4, 5, 2)(x)
+        UltraFFF(4, 5, 2)(x.to(device))
     assert error.match(got)
 
 
