@@ -133,6 +133,9 @@ void UltraFFFImpl::reset() {
     node_biases = register_parameter("node_biases", torch::empty({nodes}));
   }
   node_outputs = register_parameter("node_outputs", torch::empty({nodes, o.output_width}));
+  if (o.output_bias) {
+    output_bias = register_parameter("output_bias", torch::empty({o.output_width}));
+  }
   reset_parameters();
 }
 
@@ -140,6 +143,9 @@ void UltraFFFImpl::reset_parameters() {
   draw_uniform(node_weights, options.input_width);
   draw_uniform(node_biases, options.input_width);
   draw_uniform(node_outputs, options.parallel_size * (options.depth + 1));
+  if (output_bias.defined()) {
+    torch::nn::init::zeros_(output_bias);
+  }
 }
 
 void UltraFFFImpl::pretty_print(std::ostream& stream) const {
@@ -149,14 +155,15 @@ void UltraFFFImpl::pretty_print(std::ostream& stream) const {
 }
 
 at::Tensor UltraFFFImpl::forward(const at::Tensor& x) {
-  return tree(x,
-              {.node_weight = node_weights, .node_bias = node_biases, .node_output = node_outputs},
-              {.trees = options.parallel_size,
-               .tie_right = false,
-               .node_activation = options.activation,
-               .straight_through = options.straight_through,
-               .slope = options.slope})
-      .output;
+  const at::Tensor output =
+      tree(x, {.node_weight = node_weights, .node_bias = node_biases, .node_output = node_outputs},
+           {.trees = options.parallel_size,
+            .tie_right = false,
+            .node_activation = options.activation,
+            .straight_through = options.straight_through,
+            .slope = options.slope})
+          .output;
+  return output_bias.defined() ? output + output_bias.to(output.scalar_type()) : output;
 }
 
 void load_state_dict(torch::nn::Module& module, const std::string& path) {

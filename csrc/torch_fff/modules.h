@@ -34,7 +34,7 @@ struct FFFOptions {
 // also node_outputs [K * n, out].
 //
 // Python's layer has more for training: dropout, region leak, noise, usage, losses of its own, a
-// master leaf.
+// master leaf, a shared leaf base (`fold()` the layer there before saving its weights).
 class TORCH_FFF_API FFFImpl : public torch::nn::Cloneable<FFFImpl> {
  public:
   explicit FFFImpl(FFFOptions options);
@@ -66,6 +66,7 @@ struct UltraFFFOptions {
   int64_t parallel_size = 1;  // trees K, whose outputs add up
   std::string activation = "gelu";
   bool bias = true;
+  bool output_bias = false;  // whether a bias, zero at first, is added to the sum of the trees
   // Whether decisions have a gradient, and the slope of its sigmoid.
   bool straight_through = false;
   double slope = 1.0;
@@ -76,7 +77,8 @@ struct UltraFFFOptions {
 //
 //   s = <x, node_weights[i]> + node_biases[i];  y += act(s) node_outputs[i];  i = 2i + 1 + [s > 0]
 //
-// Parameters: node_weights [K * n, in], node_biases [K * n] with bias, node_outputs [K * n, out].
+// Parameters: node_weights [K * n, in], node_biases [K * n] with bias, node_outputs [K * n, out],
+// output_bias [out] with output_bias.
 class TORCH_FFF_API UltraFFFImpl : public torch::nn::Cloneable<UltraFFFImpl> {
  public:
   explicit UltraFFFImpl(UltraFFFOptions options);
@@ -89,7 +91,7 @@ class TORCH_FFF_API UltraFFFImpl : public torch::nn::Cloneable<UltraFFFImpl> {
   at::Tensor forward(const at::Tensor& x);
 
   UltraFFFOptions options;
-  at::Tensor node_weights, node_biases, node_outputs;
+  at::Tensor node_weights, node_biases, node_outputs, output_bias;
 };
 TORCH_MODULE(UltraFFF);
 

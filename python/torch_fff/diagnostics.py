@@ -53,7 +53,7 @@ class LayerReport:
     leaf_usage: [K, leaves], share of the tokens that reach each leaf.
     decision_entropy: mean entropy, in nats (at most ln 2 = 0.69), of the decisions on the tokens'
         paths, taken as sigmoid(slope * s). 0 without decisions.
-    undecided: share of those decisions with |slope * s| < 1, which are right with a probability
+    undecided: share of those decisions with |slope * s| < 1: close calls, whose sigmoid lies
         between 0.27 and 0.73.
     argmax_disagreement: share of the tokens for which the soft output, all decisions being
         sigmoids of slope * s, has another largest element than the hard one; None if not asked for.

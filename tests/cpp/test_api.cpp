@@ -204,6 +204,22 @@ TEST(Api, UltraFFFIsATreeOfNeurons) {
   EXPECT_TRUE(layer->forward(x).equal(want.output));
 }
 
+TEST(Api, OutputBiasIsAddedToTheSumOfTheTrees) {
+  const UltraFFFOptions options{
+      .input_width = 6, .output_width = 5, .depth = 2, .parallel_size = 3, .output_bias = true};
+  UltraFFF layer(options);
+  EXPECT_EQ(
+      layer->named_parameters().keys(),
+      (std::vector<std::string>{"node_weights", "node_biases", "node_outputs", "output_bias"}));
+  const at::Tensor x = at::randn({4, 6});
+  const at::Tensor without = layer->forward(x);
+  const at::Tensor bias = at::randn({5});
+  layer->output_bias.detach().copy_(bias);
+  EXPECT_TRUE(layer->forward(x).equal(without + bias));
+  layer->to(at::kBFloat16);
+  EXPECT_EQ(layer->forward(x.to(at::kBFloat16)).scalar_type(), at::kBFloat16);
+}
+
 TEST(Api, ModulesCanBeClonedAndConverted) {
   FFF layer = make_fff();
   const auto copy = std::dynamic_pointer_cast<torch_fff::FFFImpl>(layer->clone());
