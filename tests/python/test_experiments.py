@@ -83,6 +83,15 @@ def test_results_are_kept_and_not_computed_again(tmp_path):
     assert experiment.results(tmp_path).mean("2", "square") == 4
 
 
+def test_a_seed_counts_once(tmp_path):
+    experiment = squares(Square(2))
+    for seed, value in ((0, 1.0), (1, 5.0), (0, 3.0)):
+        record(experiment.cells[0], seed, square=value).append_to(experiment.path(tmp_path))
+    results = experiment.results(tmp_path)
+    assert results.seeds("2") == 2
+    assert (results.mean("2", "square"), results.deviation("2", "square")) == (4, 2**0.5)
+
+
 def test_a_setting_that_is_added_leaves_results_valid():
     cell = Cell("x", Square(2))
     stored = replace(record(cell, 0), settings={"type": "Square", "base": 2})
@@ -228,13 +237,16 @@ def test_centred_pixels():
 
 def test_fashion_mnist_table_shows_mean_spread_and_paper(tmp_path):
     experiment = EXPERIMENTS["fashion_mnist"]
-    cell = next(cell for cell in experiment.cells if cell.name == "FFF l=8 w=128 ours")
-    for seed, test in enumerate((0.87, 0.88)):
-        figures = {"test": test, "memorisation": 0.9, "leaves_used": 15, "leaves": 16}
-        record(cell, seed, **figures).append_to(experiment.path(tmp_path))
+    cells = {cell.name: cell for cell in experiment.cells}
+    for name in ("FFF l=8 w=128 ours", "FFF l=1 w=16 published"):
+        for seed, (test, validation) in enumerate(((0.87, 0.9), (0.88, 0.89))):
+            figures = {"test": test, "validation": validation, "memorisation": 0.9}
+            figures |= {"leaves_used": 15, "leaves": 16}
+            record(cells[name], seed, **figures).append_to(experiment.path(tmp_path))
     results = experiment.results(tmp_path)
-    assert percent(results, cell.name, "test") == "87.50 ± 0.71"
+    assert percent(results, "FFF l=8 w=128 ours", "test") == "87.50 ± 0.71"
     text = experiment.table(results)
+    assert "87.50 ± 0.71, best 87.00 (78.4)" in text
     assert "87.50 ± 0.71 (86.1)" in text
     assert "90.00 ± 0.00 (90.5)" in text
     assert "15 of 16" in text
