@@ -21,6 +21,7 @@ MD5 = {  # as published in the data set's README
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+MEAN, DEVIATION = 0.286, 0.353  # of the training images' pixels, which lie in [0, 1]
 CLASSES = (
     *("T-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
@@ -104,7 +105,7 @@ def fashion_mnist(folder: Path) -> Images:
 def read_split(folder: Path, split: str) -> Split:
     pixels = read_idx(folder / f"{split}-images-idx3-ubyte.gz", header=16).view(-1, 784)
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz", header=8)
-    return Split((pixels.float() / 255 - 0.286) / 0.353, labels.long())
+    return Split((pixels.float() / 255 - MEAN) / DEVIATION, labels.long())
 
 
 def read_idx(path: Path, header: int) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from examples.data import Images, Split, fashion_mnist, locate
+from examples.data import DEVIATION, MEAN, Images, Split, fashion_mnist, locate
 from examples.schedule import warm_cosine
 from torch_fff import FFF, UltraFFF, recipes
+from torch_fff.diagnostics import soft_output
 
 from .experiment import Figures
-from .inspection import leaves_used, mean_entropy, soft_output
 from .layers import Layer
 from .training import Recipe, parameters, prepare, schedule
 
@@ -50,9 +50,9 @@ def run(settings: Settings, seed: int) -> Figures:
     Returns:
         test, memorisation, validation, soft_validation: accuracies in [0, 1] with hard routing
         (soft: with soft) on the test, training and validation images; epoch: the chosen one;
-        entropy: mean over validation images and nodes, nats; leaves_used, leaves; seconds: of
-        training, of the one thread that computes, without waiting for other programs. A dense layer
-        has no soft_validation, entropy or leaves.
+        entropy: mean over the decisions that validation images meet, nats; leaves_used by these,
+        leaves; seconds: of training, of the one thread that computes, without waiting for other
+        programs. A dense layer has no soft_validation, entropy or leaves.
     """
     images = _images(settings.centred)
     torch.manual_seed(seed)
@@ -69,10 +69,10 @@ def run(settings: Settings, seed: int) -> Figures:
     }
     if isinstance(layer, FFF | UltraFFF):
         pixels = images.validation.pixels
-        used, leaves = leaves_used(layer, pixels)
+        report = layer.report(pixels, soft=False)
         figures["soft_validation"] = hits(soft_output(layer, pixels), images.validation)
-        figures["entropy"] = mean_entropy(layer, pixels)
-        figures |= {"leaves_used": used, "leaves": leaves}
+        figures["entropy"] = report.decision_entropy
+        figures |= {"leaves_used": report.leaves_used, "leaves": report.leaves}
     return figures
 
 
@@ -120,12 +120,16 @@ def _optimizer(layer: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 
 def _images(centred: bool) -> Images:
-    """centred: pixels in [-1, 1] instead of zero mean and unit variance."""
     images = fashion_mnist(locate())
     if centred:
         for split in (images.train, images.validation, images.test):
-            split.pixels.mul_(0.353).add_(0.286 - 0.5).div_(0.5)
+            centre_(split.pixels)
     return images
+
+
+def centre_(pixels: Tensor) -> Tensor:
+    """Pixels of zero mean and unit variance become (p - 0.5) / 0.5, p in [0, 1]."""
+    return pixels.mul_(DEVIATION).add_(MEAN - 0.5).div_(0.5)
 
 
 @torch.inference_mode()

@@ -60,9 +60,13 @@ class Experiment:
         return replace(self, cells=cells)
 
     def results(self, folder: Path) -> Results:
-        """What is known of the cells as they are now set."""
+        """What is known of the cells as they are now set; of a seed that ran twice, the last."""
         records = read(self.path(folder))
-        return Results({cell.name: [r for r in records if cell.fits(r)] for cell in self.cells})
+        found = {
+            cell.name: {record.seed: record for record in records if cell.fits(record)}
+            for cell in self.cells
+        }
+        return Results({name: list(seeds.values()) for name, seeds in found.items()})
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}.jsonl"

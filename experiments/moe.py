@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BLOCK = 32  # tokens of one expert that are computed by one product; fewer are padded
+
 
 class Experts(nn.Module):
     r"""A linear router sends each token to the ``active`` most probable of ``experts`` networks.
@@ -51,21 +53,36 @@ class Experts(nn.Module):
             shares = counts / max(len(choices), 1)
             self.balance_loss = len(self.w1) * (shares * probability.mean(0)).sum()
 
-        order = choices.argsort()
-        token = order // self.active
-        groups = tokens.index_select(0, token).split(counts.tolist())
-        # The gradient of an index is as large as all experts, that of unbind is put together once.
-        weights = zip(*(weight.unbind() for weight in self._experts()), strict=True)
-        outputs = [
-            torch.addmm(b2, F.gelu(F.linear(group, w1, b1)), w2)
-            for group, (w1, b1, w2, b2) in zip(groups, weights, strict=True)
-        ]
-        gated = torch.cat(outputs) * gate.flatten()[order].unsqueeze(1)
-        y = gated.new_zeros(len(tokens), gated.shape[1]).index_add(0, token, gated)
+        slot, expert = _blocks(choices, counts)
+        spread = tokens.repeat_interleave(self.active, 0) if self.active > 1 else tokens
+        rows = tokens.new_zeros(len(expert) * BLOCK, tokens.shape[1]).index_copy(0, slot, spread)
+        w1, b1, w2, b2 = (weight.index_select(0, expert) for weight in self._experts())
+        hidden = F.gelu(torch.baddbmm(b1.unsqueeze(1), rows.view(-1, BLOCK, w1.shape[2]), w1.mT))
+        output = torch.baddbmm(b2.unsqueeze(1), hidden, w2).flatten(0, 1).index_select(0, slot)
+        y = (gate.unsqueeze(-1) * output.view(-1, self.active, w2.shape[2])).sum(1)
         return y.unflatten(0, x.shape[:-1])
 
     def _experts(self) -> tuple[Tensor, ...]:
         return self.w1, self.b1, self.w2, self.b2
+
+
+def _blocks(choices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups choices by expert into blocks of BLOCK rows, each expert's last one padded.
+
+    choices: [choices] experts; counts: [E] how often each was chosen.
+
+    Returns:
+        slot [choices], the row of each; expert [blocks], whose each block is.
+    """
+    blocks = (counts + BLOCK - 1) // BLOCK
+    begin = BLOCK * (blocks.cumsum(0) - blocks)  # row of an expert's first block
+    first = counts.cumsum(0) - counts  # place of an expert's first choice in order
+    order = choices.argsort()
+    of_order = choices[order]
+    ranked = begin[of_order] + torch.arange(len(order), device=order.device) - first[of_order]
+    slot = torch.empty_like(order).index_copy(0, order, ranked)
+    expert = torch.arange(len(counts), device=order.device).repeat_interleave(blocks)
+    return slot, expert
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:
