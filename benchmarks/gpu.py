@@ -104,8 +104,8 @@ def measure_floors(machine: Machine) -> Floors:
         sizes = {"L2": machine.caches["L2"] // 4, "DRAM": min(2**32, machine.memory // 8)}
         return Floors(
             flops={name: _flops(name, dtype) for name, dtype in GPU_DTYPES.items()},
-            read={memory: size / _best(*_sum_of(size)) for memory, size in sizes.items()},
-            copy=sizes["DRAM"] / _best(*_copy_of(sizes["DRAM"])),
+            read={memory: _read(size) for memory, size in sizes.items()},
+            copy=_copy(sizes["DRAM"]),
             call=_best(SmallestModule(), torch.randn(1, 8)),
         )
 
@@ -116,13 +116,16 @@ def _flops(name: str, dtype: torch.dtype) -> float:
         return 2 * _PRODUCT**3 / _best(lambda b: torch.mm(a, b), a)
 
 
-def _sum_of(size: int) -> tuple[Callable[[Tensor], object], Tensor]:
-    return torch.sum, torch.ones(size // 4)
+def _read(size: int) -> float:
+    """Sums of one buffer, over and over in one call."""
+    again = max(1, 2**30 // size)
+    rows = torch.ones(size // 4).expand(again, -1)
+    return again * size / _best(lambda t: t.sum(1), rows)
 
 
-def _copy_of(size: int) -> tuple[Callable[[Tensor], object], Tensor]:
+def _copy(size: int) -> float:
     source = torch.ones(size // 8)
-    return torch.empty_like(source).copy_, source
+    return size / _best(torch.empty_like(source).copy_, source)
 
 
 def _best(call: Callable[[Tensor], object] | nn.Module, argument: Tensor) -> float:

@@ -382,6 +382,44 @@ def test_script_without_a_gpu_says_so(tmp_path: Path) -> None:
     assert "needs a GPU and a torch with CUDA" in done.stderr
 
 
+STUB = """#!/bin/sh
+echo "$*" >> "$LOG"
+case "$*" in
+  *"$FAILS"*) exit 3 ;;
+  *get_device_capability*) echo 9.0 ;;
+  *" run "*) for argument; do case $argument in *.json) echo {} > "$argument" ;; esac; done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "status", "last"),
+    [
+        ("nothing", 0, "plot"),
+        ("-m pytest", 1, "plot"),
+        ("gpu-forward.json", 1, "plot"),
+        ("pip install", 1, "pip"),
+    ],
+)
+def test_stages_of_the_script(tmp_path: Path, fails: str, status: int, last: str) -> None:
+    """With a Python that does nothing: a stage that fails ends the build alone."""
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILS": fails}
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path / "results"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    calls = log.read_text().splitlines()
+    assert f" {last} " in calls[-1]
+    if last == "plot":
+        runs = [call for call in calls if " run " in call]
+        assert [call.split()[3] for call in runs] == ["gpu-forward", "gpu-training"]
+        limits = [float(call.split("--seconds ")[1].split()[0]) for call in runs]
+        assert 150 < limits[0] < limits[1] <= 510
+        assert (tmp_path / "results" / "gpu.md").exists()
+
+
 def test_command_line_of_a_gpu() -> None:
     arguments = command_line.parser().parse_args(["run", "--device", "cuda", "--seconds", "90"])
     assert (arguments.device, arguments.seconds) == ("cuda", 90.0)
