@@ -78,7 +78,7 @@ test-cuda-build: $(VENV)/installed
 	$(CUDA_PYTHON) -m benchmarks kernels "$$site/torch_fff/lib/libtorch_fff.so" >/dev/null
 	$(CUDA_PYTHON) -m pytest
 
-CXX_FILES = $(shell find csrc cuda examples tests/cpp -regex '.*\.\(h\|cpp\|cu\|cuh\)')
+CXX_FILES = $(shell find benchmarks csrc cuda examples tests/cpp -regex '.*\.\(h\|cpp\|cu\|cuh\)')
 
 lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def parser() -> argparse.ArgumentParser:
             "patterns", nargs="*", help="suites, globs or parts of case names; default: all"
         )
     run.add_argument("--quick", action="store_true", help="short turns, nothing compiled")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases")
+    run.add_argument(
+        "--seconds", type=float, default=math.inf, help="after which no other case is begun"
+    )
     run.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
     run.add_argument("--skip", action="append", default=[], help="a baseline to leave out")
     run.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-TIME.json")
@@ -71,7 +76,15 @@ def dispatch(arguments: argparse.Namespace) -> int:
         from .commands import default_out, run
 
         out = arguments.out or default_out()
-        return run(arguments.patterns, arguments.quick, arguments.threads, arguments.skip, out)
+        return run(
+            arguments.patterns,
+            arguments.quick,
+            arguments.threads,
+            arguments.skip,
+            out,
+            arguments.device,
+            arguments.seconds,
+        )
     if arguments.command == "compare":
         from .compare import compare_files
 

@@ -10,7 +10,11 @@ FORWARD, TRAINING = "forward", "training"
 NONE, STRAIGHT_THROUGH, SOFT = "none", "straight-through", "soft"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+# "tf32" is float32 whose products may round their factors.
+GPU_DTYPES = {"bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "tf32": "tf32"}
+# Widths for which the matrix products of a GPU are fast are multiples of this.
+_GPU_WIDTHS = 64
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,10 @@ class Case:
         leaves them as they are.
     layers: so many layers, each with weights of its own, are called in turn; with 12 the weights
         come from memory or a far cache, as in a whole model.
-    dense_width: neurons of the dense baselines; 0 for as many as the trees have.
+    dense_width: neurons of the dense baselines; 0 for as many as the trees have, on a GPU rounded
+        up to a width that suits it.
     memory: also measure the peak memory of a training step.
+    device: "cpu" or "cuda".
     """
 
     suite: str
@@ -49,6 +55,7 @@ class Case:
     layers: int = 1
     dense_width: int = 0
     memory: bool = False
+    device: str = "cpu"
     baselines: tuple[str, ...] = ()
 
     @property
@@ -85,7 +92,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return GPU_DTYPES[self.dtype]
 
     @property
     def itemsize(self) -> int:
@@ -116,7 +123,9 @@ class Case:
     @property
     def equal_width(self) -> int:
         """Neurons of the dense baselines."""
-        return self.dense_width or self.neurons
+        if self.dense_width or self.device == "cpu":
+            return self.dense_width or self.neurons
+        return -(-self.neurons // _GPU_WIDTHS) * _GPU_WIDTHS
 
     @property
     def weight_bytes(self) -> int:
@@ -133,6 +142,7 @@ class ModelCase:
     step: "forward" (inference mode) or "training" (forward, and backward to all weights).
     baselines: names of models.CONTENDERS.
     long: takes minutes, so that a quick run leaves it out.
+    device: "cpu".
     """
 
     suite: str
@@ -146,6 +156,7 @@ class ModelCase:
     heads: int = 12
     vocabulary: int = 30522
     long: bool = False
+    device: str = "cpu"
     baselines: tuple[str, ...] = ()
 
     @property

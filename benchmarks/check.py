@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .case import Case
+from .gpu import tf32
 from .layers import Layer, refer
 
 # Relative to the largest value of the expected tensor.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 3e-2}
 # A token with a score closer to 0 than this may rightly go either way.
-MARGIN = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
+MARGIN = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-3}
 _ROWS = 256
 _ELEMENTS = 2**25  # of the largest tensor in the reference
 
@@ -38,10 +39,18 @@ def assert_close(what: str, actual: Tensor, expected: Tensor) -> float:
     scale = expected.abs().max().double().item()
     difference = (actual.double() - expected.double()).abs().max().item()
     deviation = difference / scale if scale else difference
-    tolerance = TOLERANCE[expected.dtype]
+    tolerance = TOLERANCE[_precision(expected)]
     if not deviation <= tolerance:  # NaN is no match
         raise Mismatch(f"{what}: expected a deviation of at most {tolerance}, got {deviation:.3g}")
     return deviation
+
+
+def _precision(t: Tensor) -> str:
+    """The dtype's name, "tf32" where products of ``t`` may round their factors."""
+    if t.dtype == torch.float32:
+        rounds = t.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        return "tf32" if rounds else "float32"
+    return str(t.dtype).removeprefix("torch.")
 
 
 @torch.inference_mode()
@@ -55,7 +64,8 @@ def check_forward(
     for x in inputs[: max(1, 16 // case.tokens)]:
         count = min(case.tokens, _ROWS, _rows_at_once(case))
         rows = torch.linspace(0, case.tokens - 1, count).long()
-        expected, scores = refer(case, layer, x[rows])
+        with tf32(False):
+            expected, scores = refer(case, layer, x[rows])
         safe = _safe(case, scores, count)
         tried += count
         if safe.any():
@@ -80,11 +90,12 @@ def check_training(
     step = _rows_at_once(case)
     for part, part_grad in zip(x.detach().split(step), grad.split(step), strict=True):
         tokens = part.requires_grad_()
-        output, scores = refer(case, layer, tokens)
-        safe.append(_safe(case, scores, len(tokens)))
-        part_grad = part_grad * safe[-1].unsqueeze(-1)
-        targets = [tokens, *weights.values()]
-        x_grad, *grads = torch.autograd.grad(output, targets, part_grad, allow_unused=True)
+        with tf32(False):
+            output, scores = refer(case, layer, tokens)
+            safe.append(_safe(case, scores, len(tokens)))
+            part_grad = part_grad * safe[-1].unsqueeze(-1)
+            targets = [tokens, *weights.values()]
+            x_grad, *grads = torch.autograd.grad(output, targets, part_grad, allow_unused=True)
         for name, weight_grad in zip(weights, grads, strict=True):
             if weight_grad is not None:
                 expected[name] += weight_grad
@@ -133,4 +144,4 @@ def _rows_at_once(case: Case) -> int:
 def _safe(case: Case, scores: Tensor | None, rows: int) -> Tensor:
     if scores is None:
         return torch.ones(rows, dtype=torch.bool)
-    return (scores.detach().abs() > MARGIN[case.torch_dtype]).flatten(1).all(1)
+    return (scores.detach().abs() > MARGIN[case.dtype]).flatten(1).all(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import torch
 
 import torch_fff
 
+from . import gpu
 from .baselines import BASELINES
 from .case import Case, ModelCase
-from .floors import best_of, measure_floors
+from .floors import Floors, best_of, measure_floors
 from .machine import Machine
 from .malloc import keeps_memory
 from .models import CONTENDERS
@@ -22,7 +25,7 @@ from .roofline import floor_seconds
 from .runner import Options, run_case
 from .suites import SUITES, select
 from .text import ratio, seconds
-from .timing import FULL, QUICK
+from .timing import FULL, GPU, QUICK
 
 _COMPILED = [name for name in (*BASELINES, *CONTENDERS) if name.endswith("-compiled")]
 
@@ -41,9 +44,18 @@ def list_cases(patterns: list[str]) -> int:
     return 0
 
 
-def run(patterns: list[str], quick: bool, threads: int, skip: list[str], out: Path) -> int:
-    """The exit status: 1 if any case failed."""
-    cases = select(patterns)
+def run(
+    patterns: list[str],
+    quick: bool,
+    threads: int,
+    skip: list[str],
+    out: Path,
+    device: str = "cpu",
+    most_seconds: float = math.inf,
+) -> int:
+    """The exit status: 1 if any case failed. After ``most_seconds`` no other case is begun."""
+    begin = time.monotonic()
+    cases = [case for case in select(patterns) if case.device == device]
     if quick:
         cases = [case for case in cases if not (isinstance(case, ModelCase) and case.long)]
     if not cases:
@@ -55,23 +67,30 @@ def run(patterns: list[str], quick: bool, threads: int, skip: list[str], out: Pa
         return 2
     if threads:
         torch.set_num_threads(threads)
-    report = _new_report(quick)
+    if device == "cuda" and not gpu.is_available():
+        print("benchmarks: --device cuda: needs a GPU and a torch with CUDA", file=sys.stderr)
+        return 2
+    report = _new_report(quick, device)
     options = Options(
-        effort=QUICK if quick else FULL,
+        effort=QUICK if quick else FULL if device == "cpu" else GPU,
         # Compiling takes longer than everything else in a quick run.
         skip=frozenset([*skip, *_COMPILED] if quick else skip),
     )
     print(f"{report.machine.processor}, {report.threads} threads, writing {out}")
-    report.floors.append(measure_floors(report.machine.caches))
+    report.floors.append(_floors(report))
     floors = report.floors[0]
     for number, case in enumerate(cases, 1):
+        if time.monotonic() - begin > most_seconds:
+            rest = ", ".join(left.name for left in cases[number - 1 :])
+            print(f"left out after {most_seconds:g} s: {rest}")
+            break
         result = run_case(case, options)
         if isinstance(case, Case):
             result.floor = floor_seconds(case, floors, report.machine, report.threads)
         report.cases.append(result)
         report.save(out)  # a long run that is interrupted keeps what it has
         print(f"[{number}/{len(cases)}] {_line(case, result)}", flush=True)
-    report.floors.append(measure_floors(report.machine.caches))
+    report.floors.append(_floors(report))
     floors = best_of(report.floors)
     for result in report.cases:
         if isinstance(result.case, Case):
@@ -85,7 +104,13 @@ def default_out() -> Path:
     return Path(__file__).parent / "results" / f"{now:%Y%m%d-%H%M%S}.json"
 
 
-def _new_report(quick: bool) -> Report:
+def _floors(report: Report) -> Floors:
+    if report.device == "cuda":
+        return gpu.measure_floors(report.machine)
+    return measure_floors(report.machine.caches)
+
+
+def _new_report(quick: bool, device: str) -> Report:
     return Report(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command="python -m benchmarks " + " ".join(sys.argv[1:]),
@@ -97,7 +122,8 @@ def _new_report(quick: bool) -> Report:
             "torch": torch.__version__,
             "torch_fff": torch_fff.__version__,
         },
-        machine=Machine.here(),
+        machine=gpu.machine() if device == "cuda" else Machine.here(),
+        device=device,
     )
 
 

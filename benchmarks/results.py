@@ -14,7 +14,7 @@ from .timing import Timing
 
 SCHEMA = 1
 OURS = "ours"
-DENSE = ("dense-eager", "dense-compiled", "dense-onednn")
+DENSE = ("dense-eager", "dense-compiled", "dense-onednn", "dense-cublaslt")
 NO_FEEDFORWARD = "no-feedforward"
 
 
@@ -58,6 +58,7 @@ class CaseResult:
 @dataclass
 class Report:
     """malloc: "kept" or "system", see malloc.py. floors: before the first and after the last case.
+    device: that of all cases, "cpu" or "cuda"; ``machine`` and ``floors`` are the GPU's then.
 
     A quick report shows that everything works; its numbers are not for quoting.
     """
@@ -71,6 +72,7 @@ class Report:
     machine: Machine
     floors: list[Floors] = field(default_factory=list)
     cases: list[CaseResult] = field(default_factory=list)
+    device: str = "cpu"
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

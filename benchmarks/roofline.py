@@ -59,6 +59,8 @@ class _Rows:
 
 
 def _nearest(size: float, machine: Machine, threads: int) -> str:
+    if "L3" not in machine.caches:  # a GPU, whose L2 cache is one
+        return "L2" if size <= machine.caches["L2"] else "DRAM"
     if size <= machine.caches["L2"] * threads:
         return "L2"
     return "L3" if size <= machine.caches["L3"] else "DRAM"

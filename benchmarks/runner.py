@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers, models
+from . import gpu, layers, models
 from .baselines import BASELINES
 from .case import FORWARD, TRAINING, Case, ModelCase
 from .check import Mismatch, Sample, check_baseline, check_forward, check_training
 from .layers import Layer
 from .memory import free_bytes, peak_bytes
 from .results import OURS, CaseResult
-from .timing import Call, Effort, measure
+from .timing import Call, Effort, Timing, measure, wall
 
 _ROTATED_TOKENS = 4096  # different tokens in turn, so that no contender keeps meeting one path
 _MOST_INPUTS = 256
@@ -37,12 +37,20 @@ def run_case(case: Case | ModelCase, options: Options) -> CaseResult:
     """Never raises for what goes wrong within the case: the result tells."""
     result = CaseResult(case)
     whole = isinstance(case, ModelCase)
+    if case.device == "cuda" and not gpu.is_available():
+        result.error = "needs a GPU"
+        return result
     needed = models.needed_bytes(case) if whole else _needed_bytes(case)
-    if needed > free_bytes():
-        result.error = f"needs {_gigabytes(needed)}, free are {_gigabytes(free_bytes())}"
+    free = free_bytes(case.device)
+    if needed > free:
+        result.error = f"needs {_gigabytes(needed)}, free are {_gigabytes(free)}"
         return result
     try:
-        _run_model(case, options, result) if whole else _run(case, options, result)
+        if whole:
+            _run_model(case, options, result)
+        else:
+            with gpu.settings(case):
+                _run(case, options, result)
     except Exception as error:
         result.error = _described(error)
     finally:
@@ -78,7 +86,7 @@ def _run(case: Case, options: Options, result: CaseResult) -> None:
     _time(result, calls, inputs, options.effort)
     if case.memory:
         for name, timing in result.timings.items():
-            peak = _peak_bytes(calls[name][0], contenders, inputs)
+            peak = _peak_bytes(case, calls[name][0], contenders, inputs)
             result.timings[name] = replace(timing, peak_bytes=peak)
 
 
@@ -111,21 +119,54 @@ def _run_model(case: ModelCase, options: Options, result: CaseResult) -> None:
 def _time(
     result: CaseResult, calls: dict[str, Sequence[Call]], inputs: list[Any], effort: Effort
 ) -> None:
+    clock = gpu.events if result.case.device == "cuda" else wall
+    recorded: dict[str, int] = {}
     with torch.inference_mode(result.case.step == FORWARD):
-        outcomes = measure(calls, inputs, effort)
+        if result.case.device == "cuda":
+            calls, recorded = _recorded(calls, inputs)
+        outcomes = measure(calls, inputs, effort, clock)
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
             result.skipped[name] = outcome
         else:
-            result.timings[name] = outcome
+            count = recorded.get(name)
+            result.timings[name] = _of_one_call(outcome, count) if count else outcome
     if result.ours is None:
         result.error = result.skipped.pop(OURS)
+
+
+def _recorded(
+    calls: dict[str, Sequence[Call]], inputs: list[Any]
+) -> tuple[dict[str, Sequence[Call]], dict[str, int]]:
+    """Calls that replay a CUDA graph, and the number of calls in it; others stay as they are."""
+    replays: dict[str, Sequence[Call]] = {}
+    counts = {}
+    for name, own in calls.items():
+        try:
+            replay, counts[name] = gpu.record(own, inputs)
+            replays[name] = [replay]
+        except RuntimeError:  # it waits for the GPU, as its user would have to
+            replays[name] = own
+    return replays, counts
+
+
+def _of_one_call(timing: Timing, count: int) -> Timing:
+    """Of a graph with ``count`` calls."""
+    return replace(
+        timing,
+        median=timing.median / count,
+        low=timing.low / count,
+        high=timing.high / count,
+        calls=timing.calls * count,
+        faults=timing.faults / count,
+        graph=True,
+    )
 
 
 def _inputs(case: Case) -> list[Any]:
     """x [tokens, in] each; for training (x, grad of the output)."""
     torch.manual_seed(case.tokens)
-    count = min(_MOST_INPUTS, max(_FEWEST_INPUTS, _ROTATED_TOKENS // case.tokens))
+    count = _input_count(case)
 
     def normal(width: int) -> list[Tensor]:
         shape = (count, case.tokens, width)
@@ -137,14 +178,20 @@ def _inputs(case: Case) -> list[Any]:
     return list(zip(tokens, normal(case.output_width), strict=True))
 
 
+def _input_count(case: Case) -> int:
+    if case.device == "cuda":
+        return gpu.input_count(case, gpu.machine())
+    return min(_MOST_INPUTS, max(_FEWEST_INPUTS, _ROTATED_TOKENS // case.tokens))
+
+
 def _unfit(name: str, case: Case, options: Options) -> str:
     if name in options.skip:
         return _UNWANTED
     baseline = BASELINES[name]
     reason = baseline.unfit(case)
-    needed = baseline.needs(case) * case.layers
-    if not reason and needed > free_bytes():
-        reason = f"needs {_gigabytes(needed)}, free are {_gigabytes(free_bytes())}"
+    needed, free = baseline.needs(case) * case.layers, free_bytes(case.device)
+    if not reason and needed > free:
+        reason = f"needs {_gigabytes(needed)}, free are {_gigabytes(free)}"
     return reason
 
 
@@ -179,7 +226,10 @@ def _training_step(module: nn.Module) -> Call:
 
 
 def _peak_bytes(
-    call: Callable[[Any], object], contenders: dict[str, Sequence[nn.Module]], inputs: list[Any]
+    case: Case,
+    call: Callable[[Any], object],
+    contenders: dict[str, Sequence[nn.Module]],
+    inputs: list[Any],
 ) -> int | None:
     """Beyond weights and inputs, which all contenders have alike."""
     for modules in contenders.values():
@@ -187,15 +237,16 @@ def _peak_bytes(
             module.zero_grad()
     for x, _ in inputs:
         x.grad = None
-    return peak_bytes(lambda: call(inputs[0]))
+    return peak_bytes(lambda: call(inputs[0]), case.device)
 
 
 def _needed_bytes(case: Case) -> int:
     """An estimate for the layers, their gradients, the inputs and the reference's copies."""
     copies = 2 if case.step == TRAINING else 1
     reference = 4 / case.itemsize - 1 + (copies - 1) * 4 / case.itemsize
-    count = max(_FEWEST_INPUTS, _ROTATED_TOKENS // case.tokens)
-    tokens = count * case.tokens * (case.input_width + case.output_width) * case.itemsize
+    tokens = (
+        _input_count(case) * case.tokens * (case.input_width + case.output_width) * case.itemsize
+    )
     return int(case.weight_bytes * (case.layers * copies + reference)) + copies * tokens
 
 

@@ -11,8 +11,9 @@ from .suites import SUITES
 from .suites.suite import NARROW
 from .text import digits, into_markers, markdown, ratio, seconds
 
+_MACHINES = {"machine": "cpu", "gpu-machine": "cuda"}  # places in a document
 _DISTILBERT = ("distilbert", "distilbert-compiled")
-_DERIVED = ("dense-eager", "dense-compiled", "dense-onednn", *NARROW)
+_DERIVED = (*DENSE, *NARROW)
 
 
 def suite_table(name: str, report: Report) -> str:
@@ -83,11 +84,12 @@ def _limit(result: CaseResult) -> list[str]:
 
 
 def put_into(document: str, reports: list[Report]) -> str:
-    """Fill the places of the suites, and that of the machines' floors, "machine"."""
+    """Fill the places of the suites, and those of the machines' floors."""
 
     def text_of(name: str) -> str:
-        if name == "machine":
-            return machine_table(reports)
+        if name in _MACHINES:
+            own = [report for report in reports if report.device == _MACHINES[name]]
+            return machine_table(own) if own else ""
         tables = [suite_table(name, report) for report in reports]
         return "\n\n".join(table for table in tables if table)
 
@@ -99,7 +101,10 @@ def print_tables(paths: list[Path], into: Path | None) -> int:
     if into:
         into.write_text(put_into(into.read_text(), reports))
         return 0
-    print(f"### machine\n\n{machine_table(reports)}\n")
+    for name, device in _MACHINES.items():
+        own = [report for report in reports if report.device == device]
+        if own:
+            print(f"### {name}\n\n{machine_table(own)}\n")
     for suite in SUITES.values():
         for report in reports:
             table = suite_table(suite.name, report)

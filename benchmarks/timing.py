@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Call = Callable[[Any], object]
+Clock = Callable[[Sequence[tuple[Call, Any]]], float]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Effort:
 
 
 FULL = Effort(rounds=15, turn=0.05, budget=30.0, limit=30.0)
+GPU = Effort(rounds=9, turn=0.01, budget=1.0, limit=2.0)
 QUICK = Effort(rounds=5, turn=0.005, budget=1.0, limit=2.0)
 _FEWEST_ROUNDS = 3
 
@@ -41,6 +43,7 @@ class Timing:
     calls: per round.
     faults: page faults per call, at best 0 (see malloc.py).
     peak_bytes: growth of memory during a call, where it was measured.
+    graph: whether the calls were those of a CUDA graph.
     """
 
     median: float
@@ -50,6 +53,15 @@ class Timing:
     calls: int
     faults: float
     peak_bytes: int | None = None
+    graph: bool = False
+
+
+def wall(sequence: Sequence[tuple[Call, Any]]) -> float:
+    """Seconds that the calls take."""
+    begin = time.perf_counter()
+    for call, argument in sequence:
+        call(argument)
+    return time.perf_counter() - begin
 
 
 @dataclass
@@ -58,6 +70,7 @@ class _Contender:
 
     calls: Sequence[Call]
     inputs: Sequence[Any]
+    clock: Clock
     repeats: int = 0
     every: int = 1
     position: int = 0
@@ -69,10 +82,7 @@ class _Contender:
             for i in range(self.position, self.position + repeats)
         ]
         self.position += repeats
-        begin = time.perf_counter()
-        for call, argument in sequence:
-            call(argument)
-        return (time.perf_counter() - begin) / repeats
+        return self.clock(sequence) / repeats
 
     def settle(self) -> float:
         """Warm up until calls need no new memory, for a second at most; seconds of the fastest."""
@@ -97,9 +107,12 @@ class _Contender:
 
 
 def measure(
-    contenders: dict[str, Sequence[Call]], inputs: Sequence[Any], effort: Effort
+    contenders: dict[str, Sequence[Call]],
+    inputs: Sequence[Any],
+    effort: Effort,
+    clock: Clock = wall,
 ) -> dict[str, Timing | str]:
-    """A timing each, or the reason why there is none.
+    """A timing each, or the reason why there is none. ``clock`` tells the seconds of some calls.
 
     The contenders take turns, in both directions alternately, so that what disturbs the machine
     disturbs all of them. Each starts its turn with an untimed cycle of calls if it has many.
@@ -107,7 +120,7 @@ def measure(
     outcomes: dict[str, Timing | str] = {}
     running: dict[str, _Contender] = {}
     for name, calls in contenders.items():
-        contender = _Contender(calls, inputs)
+        contender = _Contender(calls, inputs, clock)
         seconds = contender.settle()
         if seconds > effort.limit:
             outcomes[name] = f"a call takes {seconds:.1f} s, the limit is {effort.limit:g} s"

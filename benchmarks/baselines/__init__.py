@@ -3,7 +3,7 @@ token visits."""
 
 from __future__ import annotations
 
-from . import batched, dense, experts, masked, onednn, published, unpruned
+from . import batched, dense, experts, masked, naive, onednn, published, unpruned
 from .baseline import Baseline
 
 BASELINES: dict[str, Baseline] = {
@@ -21,6 +21,13 @@ BASELINES: dict[str, Baseline] = {
         "the same through oneDNN: in inference prepared weights and fused activation",
         onednn.equal,
         onednn.needs,
+        onednn.unfit,
+    ),
+    "dense-cublaslt": Baseline(
+        "the same with the activation fused into the first product, by cuBLASLt",
+        dense.fused,
+        lambda case: dense.dense_bytes(case, case.equal_width),
+        dense.fused_unfit,
     ),
     "dense-vectors": Baseline(
         "the same by vector operations only",
@@ -37,6 +44,7 @@ BASELINES: dict[str, Baseline] = {
         "dense layer of equal inference width, oneDNN",
         onednn.narrow,
         onednn.narrow_needs,
+        onednn.unfit,
     ),
     "masked": Baseline(
         "all neurons and a mask, as UltraFastBERT ships",
@@ -50,6 +58,13 @@ BASELINES: dict[str, Baseline] = {
         batched.build,
         batched.needs,
         batched.unfit,
+        same_function=True,
+    ),
+    "naive": Baseline(
+        "a CUDA kernel with one thread a token, as UltraFastBERT's",
+        naive.build,
+        naive.needs,
+        naive.unfit,
         same_function=True,
     ),
     "published": Baseline(

@@ -43,11 +43,15 @@ def narrow_eager(case: Case, layer: Layer, x: Tensor) -> nn.Module:
 
 
 def compiled(case: Case, layer: Layer, x: Tensor) -> nn.Module:
-    """max-autotune, and for inference freezing, which lays the weights out for the kernels."""
+    """max-autotune, and for inference freezing, which lays the weights out for the kernels.
+
+    On a GPU every contender runs in a CUDA graph of the benchmark's own.
+    """
     from torch._inductor import config  # slow to import
 
     module = Dense(case, case.equal_width)
-    fast: nn.Module = torch.compile(module, dynamic=False, mode="max-autotune")  # type: ignore
+    mode = "max-autotune" if case.device == "cpu" else "max-autotune-no-cudagraphs"
+    fast: nn.Module = torch.compile(module, dynamic=False, mode=mode)  # type: ignore
     training = case.step == TRAINING
     # Dynamo, too, must see that weights will be frozen: as an option of torch.compile it is late.
     with config.patch(freezing=not training, autotune_num_choices_displayed=0):
@@ -60,6 +64,37 @@ def compiled(case: Case, layer: Layer, x: Tensor) -> nn.Module:
         assert_close("dense-compiled", output, module(x))
         output.sum().backward()
     return fast
+
+
+class FusedDense(nn.Module):
+    """Bias and activation in the epilogue of the first product, of which GELU is the tanh form."""
+
+    def __init__(self, layer: Dense) -> None:
+        super().__init__()
+        self.first, self.second = layer.first, layer.second
+        self.gelu = isinstance(layer.activation, nn.GELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first
+        hidden = torch._addmm_activation(first.bias, x, first.weight.t(), use_gelu=self.gelu)
+        output: Tensor = self.second(hidden)
+        return output
+
+
+def fused(case: Case, layer: Layer, x: Tensor) -> nn.Module:
+    module = Dense(case, case.equal_width)
+    fast = FusedDense(module)
+    if fast.gelu:
+        module.activation = nn.GELU(approximate="tanh")
+    with torch.inference_mode():
+        assert_close("dense-cublaslt", fast(x), module(x))
+    return fast
+
+
+def fused_unfit(case: Case) -> str:
+    if case.device == "cpu":
+        return "cuBLASLt is for GPUs"
+    return "" if case.step == FORWARD else "the fused product has no backward"
 
 
 class VectorDense(nn.Module):
@@ -86,4 +121,5 @@ def vectors(case: Case, layer: Layer, x: Tensor) -> nn.Module:
 
 def vectors_unfit(case: Case) -> str:
     fits = case.tokens == 1 and case.step == FORWARD and not case.leaf_width
-    return "" if fits else "written for the forward of one token"
+    fits = fits and case.device == "cpu"
+    return "" if fits else "written for the forward of one token on a CPU"

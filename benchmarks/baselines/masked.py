@@ -64,5 +64,5 @@ def unfit(case: Case) -> str:
     if case.step == TRAINING and case.routing != NONE:
         return "a mask gives routing no gradient"
     if case.dtype != "float32":
-        return "its scores would be rounded to bfloat16, and other paths taken"
+        return f"its scores would be rounded to {case.dtype}, and other paths taken"
     return ""

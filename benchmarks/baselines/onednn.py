@@ -93,6 +93,10 @@ def narrow(case: Case, layer: Layer, x: Tensor) -> nn.Module:
     return _build(case, case.visited, x)
 
 
+def unfit(case: Case) -> str:
+    return "" if case.device == "cpu" else "oneDNN is for the CPU"
+
+
 def needs(case: Case) -> int:
     """While the weights are prepared the first ones are there as well."""
     return 2 * dense_bytes(case, case.equal_width)

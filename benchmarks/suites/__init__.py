@@ -9,6 +9,8 @@ from . import (
     bert,
     depth,
     forward,
+    gpu_forward,
+    gpu_training,
     leaves,
     paper_2308_14711,
     paper_2311_10770,
@@ -30,6 +32,8 @@ _MODULES = (
     paper_2311_10770,
     paper_2308_14711,
     bert,
+    gpu_forward,
+    gpu_training,
 )
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
 

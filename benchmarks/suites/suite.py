@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..case import Case, ModelCase
 
 DENSE = ("dense-eager", "dense-compiled", "dense-onednn")
+GPU_DENSE = ("dense-eager", "dense-cublaslt", "dense-compiled")
 NARROW = ("narrow-eager", "narrow-onednn")
 
 

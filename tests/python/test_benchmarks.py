@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import commands, kernels, layers, models
+from benchmarks import __main__ as command_line
+from benchmarks import commands, gpu, kernels, layers, models, runner
+from benchmarks import timing as timing_module
 from benchmarks.baselines import BASELINES
 from benchmarks.baselines.dense import Dense
 from benchmarks.case import NONE, SOFT, STRAIGHT_THROUGH, TRAINING, Case, ModelCase
+from benchmarks.check import assert_close
 from benchmarks.compare import compare, compare_files
 from benchmarks.floors import Floors, best_of
 from benchmarks.machine import Machine
@@ -35,6 +41,11 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 EFFORT = Effort(rounds=3, turn=1e-4, budget=0.01, limit=5.0)
 UNCOMPILED = tuple(name for name in BASELINES if name != "dense-compiled")
+GPU_FLOORS = Floors(
+    {"float32": 5e13, "tf32": 4e14, "bfloat16": 8e14}, {"L2": 1e13, "DRAM": 4e12}, 4e12, 2e-6
+)
+GPU_BASELINES = ("dense-eager", "dense-cublaslt", "masked", "batched", "experts")
+GPU_MACHINE = Machine("NVIDIA GPU", 132, "sm_90", {"L2": 2**20}, 2**36)
 NEURONS = Case("tiny", 3, 7, trees=2, input_width=12, output_width=10)
 LEAVES = Case("tiny", 3, 7, leaf_width=3, input_width=12, output_width=10)
 MODEL = ModelCase(
@@ -91,7 +102,7 @@ def test_suites_are_consistent(suite) -> None:
 
 def test_readme_has_a_place_for_every_suite() -> None:
     readme = (ROOT / "benchmarks/README.md").read_text()
-    for name in ("machine", *SUITES):
+    for name in ("machine", "gpu-machine", *SUITES):
         assert f"<!-- begin: {name} -->" in readme
         assert f"<!-- end: {name} -->" in readme
 
@@ -127,7 +138,7 @@ def test_counted_weights_are_the_layers(case: Case) -> None:
 def test_baseline_is_the_same_function(name: str, case: Case) -> None:
     baseline = BASELINES[name]
     if baseline.unfit(case):
-        assert (name, case) == ("published", NEURONS)
+        assert (name, case) in (("published", NEURONS), ("naive", LEAVES))
         return
     layer, x = layers.build(case), tokens(case)
     with torch.inference_mode():
@@ -179,6 +190,39 @@ def test_vectors_are_the_dense_layer() -> None:
         torch.testing.assert_close(actual, Dense(case, case.neurons)(x))
 
 
+@pytest.fixture
+def epilogue_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused product has GELU by tanh on a GPU, and exactly on a CPU."""
+
+    def fused(bias, x, weight, use_gelu):
+        pre = torch.addmm(bias, x, weight)
+        return F.gelu(pre, approximate="tanh") if use_gelu else torch.relu(pre)
+
+    monkeypatch.setattr(torch, "_addmm_activation", fused)
+
+
+@pytest.mark.parametrize("case", [NEURONS, LEAVES], ids=["gelu", "relu"])
+def test_fused_dense_is_the_dense_layer(case: Case, epilogue_of_gpu: None) -> None:
+    case, x = replace(case, device="cuda"), tokens(case)  # which does not say where tensors lie
+    module = Dense(case, case.equal_width)
+    with torch.inference_mode():
+        actual = BASELINES["dense-cublaslt"].build(case, layers.build(case), x)(x)
+        torch.testing.assert_close(actual, module(x), rtol=1e-2, atol=1e-3)  # GELU by tanh
+    assert case.equal_width == 64
+
+
+@pytest.mark.parametrize("count", [1, 7, 200])
+def test_grouped_experts_are_the_experts(count: int) -> None:
+    widths = {"leaf_width": 8, "input_width": 16, "output_width": 24}
+    case = replace(LEAVES, tokens=count, dtype="bfloat16", **widths)
+    layer, x = layers.build(case), tokens(case).bfloat16()
+    with torch.inference_mode():
+        expected = BASELINES["experts"].build(case, layer, x)(x)
+        grouped = BASELINES["experts"].build(replace(case, device="cuda"), layer, x)
+        assert type(grouped).__name__ == "GroupedExperts"
+        assert_close("grouped", grouped(x), expected)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_experts_send_every_token_to_the_best_one(grad: bool) -> None:
     layer, x = layers.build(LEAVES), tokens(LEAVES)
@@ -218,6 +262,167 @@ def test_case_is_checked_and_timed(case: Case) -> None:
     assert "output" in result.deviations
     assert ("grad x" in result.deviations) == (case.step == TRAINING)
     assert all(0 < t.low <= t.median <= t.high for t in result.timings.values())
+
+
+@pytest.fixture
+def host_as_gpu(monkeypatch: pytest.MonkeyPatch, epilogue_of_gpu: None) -> list[int]:
+    """Cases of a GPU run on the host: graphs are functions, events the clock. Graphs' lengths."""
+    lengths: list[int] = []
+
+    def record(calls, inputs):
+        count = max(len(calls), len(inputs))
+        sequence = [(calls[i % len(calls)], inputs[i % len(inputs)]) for i in range(count)]
+        if any(getattr(call, "gate", None) for call in calls):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        lengths.append(count)
+        return lambda argument: [call(x) for call, x in sequence], count
+
+    monkeypatch.setattr(gpu, "record", record)
+    monkeypatch.setattr(gpu, "events", timing_module.wall)
+    monkeypatch.setattr(gpu, "settings", lambda case: nullcontext())
+    monkeypatch.setattr(gpu, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda: GPU_MACHINE)
+    monkeypatch.setattr(gpu, "measure_floors", lambda machine: GPU_FLOORS)
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 2**33)
+    monkeypatch.setattr(runner, "peak_bytes", lambda call, device: 2**20)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        NEURONS,
+        replace(NEURONS, dtype="tf32"),
+        replace(NEURONS, dtype="bfloat16", layers=2),
+        LEAVES,
+        replace(NEURONS, step=TRAINING, routing=STRAIGHT_THROUGH),
+        replace(LEAVES, step=TRAINING, routing=SOFT, memory=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_case_of_a_gpu_is_checked_and_timed(case: Case, host_as_gpu: list[int]) -> None:
+    case = replace(case, device="cuda", baselines=GPU_BASELINES)
+    result = run_case(case, Options(EFFORT))
+    assert result.error == ""
+    assert result.best_dense in ("dense-eager", "dense-cublaslt")
+    for name, measured in result.timings.items():
+        waits = name == "experts" and case.step != TRAINING  # for the sizes of its groups
+        assert measured.graph == (not waits)
+    assert set(host_as_gpu) == {64}  # inputs beyond the L2 cache, as many as there may be
+    assert ("dense-cublaslt" in result.skipped) == (case.step == TRAINING)
+    assert ("masked" in result.timings) == (case.dtype == "float32" and case.routing == NONE)
+
+
+def test_run_on_a_gpu_writes_a_report_and_ends_in_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    host_as_gpu: list[int],
+) -> None:
+    case = replace(NEURONS, suite="gpu-forward", device="cuda", baselines=("dense-eager",))
+    other = replace(case, depth=2)
+    monkeypatch.setattr(commands, "select", lambda patterns: [NEURONS, case, other])
+    monkeypatch.setattr(commands, "GPU", EFFORT)
+    out = tmp_path / "report.json"
+    assert commands.run([], False, 0, [], out, "cuda") == 0
+    report = Report.load(out)
+    assert [result.case for result in report.cases] == [case, other]
+    assert (report.device, report.machine) == ("cuda", GPU_MACHINE)
+    assert report.cases[0].floor > 0
+    assert "NVIDIA GPU, sm_90" in suite_table("gpu-forward", report)
+    document = "<!-- begin: {0} -->\n<!-- end: {0} -->\n"
+    places = document.format("machine") + document.format("gpu-machine")
+    first, second = put_into(places, [report]).split("<!-- end: machine -->")
+    assert "NVIDIA" not in first
+    assert "| NVIDIA GPU, sm_90, " in second
+    capsys.readouterr()
+    assert commands.run([], False, 0, [], out, "cuda", most_seconds=0) == 0
+    assert f"left out after 0 s: {case.name}, {other.name}" in capsys.readouterr().out
+    assert Report.load(out).cases == []
+
+
+@pytest.mark.skipif(gpu.is_available(), reason="is about machines without a GPU")
+def test_run_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run(["gpu-forward"], False, 0, [], tmp_path / "report.json", "cuda") == 2
+    assert "--device cuda: needs a GPU" in capsys.readouterr().err
+    assert run_case(SUITES["gpu-forward"].cases[0], Options(EFFORT)).error == "needs a GPU"
+
+
+def test_cases_of_a_gpu_are_what_they_say() -> None:
+    cases = select(["gpu-forward", "gpu-training"])
+    assert all(case.device == "cuda" for case in cases)
+    assert all(case.device == "cpu" for case in select([]) if not case.suite.startswith("gpu"))
+    wide = next(case for case in cases if case.depth == 15)
+    assert (wide.neurons, wide.equal_width) == (65535, 65536)
+    assert {case.dtype for case in cases} == {"bfloat16", "float32", "tf32"}
+    few = replace(NEURONS, tokens=1, device="cuda")
+    assert gpu.input_count(few, GPU_MACHINE) == 64
+    assert gpu.input_count(replace(few, tokens=10**6), GPU_MACHINE) == 3
+
+
+def test_script_of_a_gpu_names_what_there_is() -> None:
+    script = ROOT / "benchmarks" / "gpu.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert os.access(script, os.X_OK)
+    text = script.read_text()
+    names = re.search(r"names=\(([^)]*)\)", text)
+    assert names
+    for name in names[1].split():
+        assert (ROOT / f"tests/python/test_{name}.py").exists()
+    for suite in re.findall(r"^measure (\S+)", text, re.MULTILINE):
+        assert {case.device for case in SUITES[suite].cases} == {"cuda"}
+
+
+@pytest.mark.skipif(gpu.is_available(), reason="is about machines without a GPU")
+def test_script_without_a_gpu_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs a GPU and a torch with CUDA" in done.stderr
+
+
+STUB = """#!/bin/sh
+echo "$*" >> "$LOG"
+case "$*" in
+  *"$FAILS"*) exit 3 ;;
+  *get_device_capability*) echo 9.0 ;;
+  *" run "*) for argument; do case $argument in *.json) echo {} > "$argument" ;; esac; done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "status", "last"),
+    [
+        ("nothing", 0, "plot"),
+        ("-m pytest", 1, "plot"),
+        ("gpu-forward.json", 1, "plot"),
+        ("pip install", 1, "pip"),
+    ],
+)
+def test_stages_of_the_script(tmp_path: Path, fails: str, status: int, last: str) -> None:
+    """With a Python that does nothing: a stage that fails ends the build alone."""
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILS": fails}
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path / "results"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    calls = log.read_text().splitlines()
+    assert f" {last} " in calls[-1]
+    if last == "plot":
+        runs = [call for call in calls if " run " in call]
+        assert [call.split()[3] for call in runs] == ["gpu-forward", "gpu-training"]
+        limits = [float(call.split("--seconds ")[1].split()[0]) for call in runs]
+        assert 150 < limits[0] < limits[1] <= 510
+        assert (tmp_path / "results" / "gpu.md").exists()
+
+
+def test_command_line_of_a_gpu() -> None:
+    arguments = command_line.parser().parse_args(["run", "--device", "cuda", "--seconds", "90"])
+    assert (arguments.device, arguments.seconds) == ("cuda", 90.0)
 
 
 @pytest.mark.parametrize("case", [NEURONS, replace(NEURONS, step=TRAINING)], ids=["eval", "train"])
@@ -400,7 +605,7 @@ def test_report_survives_the_file(tmp_path: Path) -> None:
     assert entry["best_dense"] == "dense-eager"
     assert entry["speedup"] == pytest.approx(100)
     assert set(entry["timings"][OURS]) == {
-        *("median", "low", "high", "rounds", "calls", "faults", "peak_bytes")
+        *("median", "low", "high", "rounds", "calls", "faults", "peak_bytes", "graph")
     }
 
 
