@@ -26,7 +26,7 @@ PAPER = {
 GRID = [(leaf, width) for leaf in LEAF_WIDTHS for width in PAPER[leaf]]
 
 PUBLISHED = {"optimizer": "sgd", "learning_rate": 0.2, "weight_decay": 0.0, "decay": "none"}
-PUBLISHED_EPOCHS = 60
+PUBLISHED_EPOCHS = 40
 SOFT = Recipe("soft", noise=0.0, slope=1.0, balance=0.0, hardening=3.0)
 
 
