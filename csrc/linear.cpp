@@ -40,6 +40,13 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const Optional
   return at::linear(x, weight, bias);
 }
 
+// `x`, copied if it repeats entries, as the gradient of a sum does: oneDNN's products of such
+// tensors take a hundred times as long.
+at::Tensor without_repeats(const at::Tensor& x) {
+  const bool repeats = (x.stride(0) == 0 && x.size(0) > 1) || (x.stride(1) == 0 && x.size(1) > 1);
+  return repeats ? x.contiguous() : x;
+}
+
 // grad_output^T x with the strides of a transposed or plain weight, so that its owner need not copy
 // it into them.
 at::Tensor weight_gradient(const at::Tensor& grad_output, const at::Tensor& x,
@@ -72,11 +79,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
               " and ", weight.sizes());
   check.same(weight, "weight", x, x.scalar_type());
   check.optional(grad_output, "grad_output", x, x.scalar_type(), {x.size(0), weight.size(0)});
+  const at::Tensor grad = without_repeats(grad_output);
   const auto absent = [&] { return at::empty({0}, x.options()); };
   const auto [mask_x, mask_weight, mask_bias] = output_mask;
-  return {mask_x ? product(grad_output, weight.t(), {}) : absent(),
-          mask_weight ? weight_gradient(grad_output, x, weight) : absent(),
-          mask_bias ? grad_output.sum(0) : absent()};
+  return {mask_x ? product(grad, weight.t(), {}) : absent(),
+          mask_weight ? weight_gradient(grad, x, weight) : absent(),
+          mask_bias ? grad.sum(0) : absent()};
 }
 
 }  // namespace fff

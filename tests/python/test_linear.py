@@ -49,6 +49,18 @@ def test_only_wanted_gradients(frozen):
     assert [t.grad is not None for t in inputs] == [i != frozen for i in range(3)]
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradient_of_a_sum(shape):
+    """Its entries are one repeated number."""
+    tokens, width, out = shape
+    inputs = [torch.randn(tokens, width), torch.randn(out, width), torch.randn(out)]
+    for t in inputs:
+        t.requires_grad_()
+    gradients = torch.autograd.grad(linear(*inputs).sum(), inputs)
+    for a, e in zip(gradients, torch.autograd.grad(F.linear(*inputs).sum(), inputs), strict=True):
+        assert_close(a, e)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
