@@ -28,8 +28,9 @@ class Settings:
 
     decay: of the learning rate, "cosine" (after a warmup of 3 %) or "none".
     centred: pixels in [-1, 1] instead of zero mean and unit variance.
-    node_lr_scale: learning rate of the nodes, relative; weight decay is then for matrices of leaves
-        only (torch_fff.recipes.parameter_groups). None: one group of all parameters.
+    node_lr_scale, tree_lr_scale: learning rates of routing and of what only some inputs reach,
+        relative; weight decay is then for matrices of leaves and dense layers only
+        (torch_fff.recipes.parameter_groups). Both None: one group of all parameters.
     """
 
     layer: Layer
@@ -42,6 +43,7 @@ class Settings:
     decay: str = "cosine"
     centred: bool = False
     node_lr_scale: float | None = None
+    tree_lr_scale: float | None = None
 
 
 def run(settings: Settings, seed: int) -> Figures:
@@ -116,7 +118,8 @@ def train(layer: nn.Module, images: Images, settings: Settings) -> tuple[int, fl
 def _optimizer(layer: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    return kind(parameters(layer, settings.node_lr_scale, **rates), **rates)
+    scales = settings.node_lr_scale, settings.tree_lr_scale
+    return kind(parameters(layer, *scales, **rates), **rates)
 
 
 def _images(centred: bool) -> Images:

@@ -35,8 +35,9 @@ BALANCE = 0.01  # weight of the mixtures' load balance, as in arXiv 2101.03961
 class Settings:
     """schedule: of the trees' attributes over the training.
 
-    node_lr_scale: learning rate of routing, relative; weight decay is then for matrices of leaves
-        and dense layers only (recipes.parameter_groups). None: one group of all parameters.
+    node_lr_scale, tree_lr_scale: learning rates of routing and of what only some tokens reach,
+        experts included, relative; weight decay is then for matrices of leaves, experts and dense
+        layers only (recipes.parameter_groups). Both None: one group of all parameters.
     """
 
     block: Block
@@ -49,6 +50,7 @@ class Settings:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     node_lr_scale: float | None = None
+    tree_lr_scale: float | None = None
     schedule: recipes.Schedule | None = None
 
 
@@ -93,7 +95,7 @@ def run(settings: Settings, seed: int) -> Figures:
     torch.manual_seed(seed)
     model = build(settings)
     options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    groups = parameters(model, settings.node_lr_scale, **options)
+    groups = parameters(model, settings.node_lr_scale, settings.tree_lr_scale, **options)
     optimizer = torch.optim.AdamW(groups, **options)
     rates = [group["lr"] for group in optimizer.param_groups]
     losses, tokens, clock = [validation_loss(model, data, settings)], [0], [0.0]

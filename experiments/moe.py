@@ -56,13 +56,14 @@ class Experts(nn.Module):
         slot, expert = _blocks(choices, counts)
         spread = tokens.repeat_interleave(self.active, 0) if self.active > 1 else tokens
         rows = tokens.new_zeros(len(expert) * BLOCK, tokens.shape[1]).index_copy(0, slot, spread)
-        w1, b1, w2, b2 = (weight.index_select(0, expert) for weight in self._experts())
+        w1, b1, w2, b2 = (weight.index_select(0, expert) for weight in self.experts())
         hidden = F.gelu(torch.baddbmm(b1.unsqueeze(1), rows.view(-1, BLOCK, w1.shape[2]), w1.mT))
         output = torch.baddbmm(b2.unsqueeze(1), hidden, w2).flatten(0, 1).index_select(0, slot)
         y = (gate.unsqueeze(-1) * output.view(-1, self.active, w2.shape[2])).sum(1)
         return y.unflatten(0, x.shape[:-1])
 
-    def _experts(self) -> tuple[Tensor, ...]:
+    def experts(self) -> tuple[nn.Parameter, ...]:
+        """All of the mixture but its router."""
         return self.w1, self.b1, self.w2, self.b2
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from torch_fff import FFF, UltraFFF, init, recipes
 
+from .moe import Experts
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -50,14 +52,33 @@ def prepare(layer: nn.Module, recipe: Recipe, pixels: Tensor) -> None:
 
 
 def parameters(
-    model: nn.Module, node_lr_scale: float | None, *, lr: float, weight_decay: float
+    model: nn.Module,
+    node_lr_scale: float | None,
+    tree_lr_scale: float | None,
+    *,
+    lr: float,
+    weight_decay: float,
 ) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
-    """For an optimizer: one group, or with ``node_lr_scale`` those of recipes.parameter_groups."""
-    if node_lr_scale is None:
+    """For an optimizer: one group, or with a scale those of recipes.parameter_groups.
+
+    ``tree_lr_scale`` is also for the experts of mixtures, of which a token reaches some, too.
+    """
+    if node_lr_scale is None and tree_lr_scale is None:
         return model.parameters()
-    return recipes.parameter_groups(
-        model, lr=lr, weight_decay=weight_decay, node_lr_scale=node_lr_scale
+    node, tree = (1.0 if scale is None else scale for scale in (node_lr_scale, tree_lr_scale))
+    groups = recipes.parameter_groups(
+        model, lr=lr, weight_decay=weight_decay, node_lr_scale=node, tree_lr_scale=tree
     )
+    mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+    experts = {weight for mixture in mixtures for weight in mixture.experts()}
+    parts = []
+    for group in groups:
+        of_experts = [parameter for parameter in group["params"] if parameter in experts]
+        others = [parameter for parameter in group["params"] if parameter not in experts]
+        parts.append(group | {"params": others})
+        name, rate = f"{group['name']} experts", tree * group["lr"]
+        parts.append(group | {"name": name, "params": of_experts, "lr": rate})
+    return [part for part in parts if part["params"]]
 
 
 def schedule(recipe: Recipe, layer: nn.Module) -> recipes.Schedule:

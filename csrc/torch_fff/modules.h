@@ -79,6 +79,9 @@ struct UltraFFFOptions {
 //
 // Parameters: node_weights [K * n, in], node_biases [K * n] with bias, node_outputs [K * n, out],
 // output_bias [out] with output_bias.
+//
+// Python's layer has more for training: noise, cheaper routing gradients, a shared level base
+// (`fold()` the layer there before saving its weights).
 class TORCH_FFF_API UltraFFFImpl : public torch::nn::Cloneable<UltraFFFImpl> {
  public:
   explicit UltraFFFImpl(UltraFFFOptions options);

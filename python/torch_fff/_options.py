@@ -84,7 +84,7 @@ def layer_options(module: nn.Module) -> dict[str, Any] | None:
 def parameters_per_token(module: nn.Module) -> int:
     """Parameters that a token touches in inference: all of them, if the module is no tree.
 
-    A shared leaf base counts as folded into the leaves.
+    A shared base counts as folded into the leaves or nodes.
     """
     if not isinstance(module, FFF | UltraFFF):
         return sum(parameter.numel() for parameter in module.parameters())

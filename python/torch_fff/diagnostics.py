@@ -275,7 +275,8 @@ def soft_output(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _soft_output(layer: Layer, x: Tensor) -> Tensor:
-    trees, weight, bias = layer.parallel_size, layer.node_weights, layer.node_biases
+    trees = layer.parallel_size
+    weight, bias, node_outputs, *leaves = layer._tree_weights()
     scores = F.linear(x, weight, bias).view(len(x), trees, layer.n_nodes)
     mixture = functional.leaf_mixture(layer.slope * scores)
     output = x.new_zeros(len(x), layer.output_width)
@@ -284,16 +285,16 @@ def _soft_output(layer: Layer, x: Tensor) -> Tensor:
         output = functional.soft_tree(
             x,
             layer.slope * weight,
-            layer.slope * layer.node_biases,
+            layer.slope * bias,
             None,
-            *layer._leaf_weights(),
+            *leaves,
             trees=trees,
             leaf_activation=layer.activation,
         ).output
-    if layer.node_outputs is not None:
+    if node_outputs is not None:
         name = layer.node_activation if isinstance(layer, FFF) else layer.activation
         value = ACTIVATIONS[name](scores) * functional.node_reach(mixture)
-        output = output + value.flatten(1) @ layer.node_outputs
+        output = output + value.flatten(1) @ node_outputs
     if isinstance(layer, FFF):
         return layer._mix_with_master_leaf(x, output) if layer.master_leaf_width else output
     return output if layer.output_bias is None else output + layer.output_bias
@@ -359,8 +360,7 @@ def _paths(layer: Layer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     fff = isinstance(layer, FFF)
     scores, leaf = functional.descend(
         tokens,
-        layer.node_weights,
-        layer.node_biases,
+        *layer._tree_weights()[:2],
         trees=layer.parallel_size,
         tie_right=fff,
     )

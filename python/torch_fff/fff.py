@@ -24,11 +24,13 @@ from ._routing import (
     score_dtype,
     tree_weights,
 )
+from ._shared_base import check_base, fold_base
 from ._usage import count_mixture, count_path, exporting, in_backward
 from .losses import leaf_balance_loss, node_balance_loss, node_entropies
 from .reference import ACTIVATIONS, add_leaf_base
 
 _LEAF_WEIGHTS = ("w1", "b1", "w2", "b2")
+_LEAF_BASES = {name: f"base_{name}" for name in _LEAF_WEIGHTS}
 _TREE_WEIGHTS = ("node_weights", "node_biases", "node_outputs", *_LEAF_WEIGHTS)
 _SHOWN_UNLESS_DEFAULT = (
     ("dropout", 0.0),
@@ -452,10 +454,9 @@ class FFF(Inspected, nn.Module):
         own = [getattr(self, name) for name in _LEAF_WEIGHTS]
         if not self.shared_leaf_base:
             return own
-        bases = [getattr(self, f"base_{name}") for name in _LEAF_WEIGHTS]
+        bases = [getattr(self, name) for name in _LEAF_BASES.values()]
         return [add_leaf_base(base, weight) for base, weight in zip(bases, own, strict=True)]
 
-    @torch.no_grad()
     def fold(self) -> FFF:
         """Add the shared leaf base into the leaves, in place, and drop its parameters.
 
@@ -471,12 +472,7 @@ class FFF(Inspected, nn.Module):
             ValueError: a weight to be added is parametrised or pruned (``torch.nn.utils``).
         """
         if self.shared_leaf_base:
-            for name in (*_LEAF_WEIGHTS, *(f"base_{name}" for name in _LEAF_WEIGHTS)):
-                if name not in self._parameters:
-                    reject("FFF.fold", name, "a parameter", "a parametrised or pruned weight")
-            for name, weight in zip(_LEAF_WEIGHTS, self._leaf_weights(), strict=True):
-                getattr(self, name).copy_(weight)
-                setattr(self, f"base_{name}", None)
+            fold_base("FFF.fold", self, _LEAF_BASES, self._leaf_weights())
             self.shared_leaf_base = False
         return self
 
@@ -550,7 +546,7 @@ class FFF(Inspected, nn.Module):
 
         There is no "usage": all tokens use it, so that it is updated in every step.
         """
-        bases = [getattr(self, f"base_{name}") for name in _LEAF_WEIGHTS]
+        bases = [getattr(self, name) for name in _LEAF_BASES.values()]
         return {"params": [base for base in bases if base is not None]}
 
     def _param_group(self, names: tuple[str, ...], usage: str) -> dict[str, Any]:
@@ -604,19 +600,9 @@ class FFF(Inspected, nn.Module):
             )
             for name in ("master_w1", "master_b1", "master_w2", "master_b2", "master_logit"):
                 state.pop(prefix + name, None)
-        bases = [prefix + f"base_{name}" for name in _LEAF_WEIGHTS]
-        if bases[0] in state and not self.shared_leaf_base:
-            error_msgs.append(
-                "FFF: shared_leaf_base: expected no base, the checkpoint has one: construct the "
-                "layer with shared_leaf_base=True, then fold() it if it is to have none"
-            )
-            for name in bases:
-                state.pop(name, None)
-        elif self.shared_leaf_base and bases[0] not in state and prefix + "w1" in state:
-            error_msgs.append(
-                "FFF: shared_leaf_base: expected a base, the checkpoint has none: construct the "
-                "layer with shared_leaf_base=False, or fold() it first"
-            )
+        error_msgs += check_base(
+            "FFF", "shared_leaf_base", self.shared_leaf_base, _LEAF_BASES, state, prefix
+        )
         leaves = ("leaves (parallel_size * 2**depth)", self.parallel_size * self.n_leaves)
         leaf_width = ("leaf_width", self.leaf_width)
         expected = {

@@ -35,7 +35,8 @@ def median_splits_(
     Level by level, a node's bias puts its hyperplane halfway between the two middle tokens of those
     that reach it. Where many are alike, it takes the cut between unlike ones that is nearest to the
     middle. Nodes with fewer than ``fewest`` tokens, or with tokens that are all alike, stay as they
-    are, and so do the last neurons of an :class:`UltraFFF`, which decide nothing.
+    are, and so do the last neurons of an :class:`UltraFFF`, which decide nothing. A shared level
+    base moves into the nodes and becomes zero.
 
     Args:
         layer: with K trees.
@@ -61,6 +62,8 @@ def median_splits_(
         reject(owner, "direction", "'drawn' for more trees than dimensions", direction)
     if layer.node_biases is None:
         reject(owner, "layer", "one with biases", "UltraFFF(bias=False)")
+    if isinstance(layer, UltraFFF):
+        layer._move_base(owner)
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     for tree in range(trees):
         regions = [torch.arange(len(tokens), device=tokens.device)]
@@ -112,8 +115,9 @@ def from_dense_(
     The nodes of an :class:`UltraFFF` become the block's neurons, each in one node. The neurons are
     dealt to the trees by their size over ``x``. In heap order a node takes, of its tree's, the one
     with the largest squares act^2 |w2|^2 over the tokens that reach it, times 4 p (1 - p), p being
-    the share of them that it sends right: what is large but does not split comes last. An output
-    bias makes the mean output that of the block; without one ``b2`` is lost.
+    the share of them that it sends right: what is large but does not split comes last. A shared
+    level base becomes zero. An output bias makes the mean output that of the block; without one
+    ``b2`` is lost.
 
     It is a start for training: a token visits a small part of the neurons, and the output is close
     to the block's only as far as those suffice.
@@ -155,6 +159,7 @@ def from_dense_(
         reject(owner, "layer", f"at most {hidden} nodes, as many as neurons", nodes)
     if layer.node_biases is None and dense.b1.any():
         reject(owner, "layer", "UltraFFF(bias=True) for a block with b1", False)
+    layer._move_base(owner)
     _neurons_to_nodes(layer, dense, wide)
     if layer.output_bias is not None:
         training = layer.training

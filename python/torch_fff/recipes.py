@@ -49,16 +49,29 @@ Curve = Callable[[float], float]  # of the share of the training that is done, i
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, node_lr_scale: float = 1.0
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    node_lr_scale: float = 1.0,
+    tree_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer of torch.optim of all parameters of ``model`` that want a gradient.
 
     - "routing": node_weights and node_biases of the model's layers, which of an :class:`UltraFFF`
-      are also its neurons; learning rate ``node_lr_scale * lr``, no weight decay, which would make
-      decisions softer.
-    - "undecayed": all biases, norms and other parameters of at most one dimension, those of leaves
-      (which are as many vectors) among them; no weight decay.
-    - "decayed": all others.
+      are also its neurons; learning rate ``node_lr_scale * tree_lr_scale * lr``, no weight decay,
+      which would make decisions softer.
+    - "shared routing": base_weights and base_biases of a shared level base; ``node_lr_scale * lr``,
+      no weight decay.
+    - "tree": node_outputs, w1 and w2; ``tree_lr_scale * lr``.
+    - "tree biases": b1 and b2; ``tree_lr_scale * lr``, no weight decay.
+    - "undecayed": all other biases, norms and other parameters of at most one dimension, those of a
+      shared leaf base (which are as many vectors) among them; ``lr``, no weight decay.
+    - "decayed": all others; ``lr``.
+
+    So ``tree_lr_scale`` is for what only some tokens reach, which wants a lower rate than what all
+    of them use: in a small language model neuron trees with a shared level base learned best at
+    0.2.
 
     A group is {"name", "params", "lr", "weight_decay"}; empty ones are left out.
 
@@ -69,37 +82,55 @@ def parameter_groups(
         ("lr", lr),
         ("weight_decay", weight_decay),
         ("node_lr_scale", node_lr_scale),
+        ("tree_lr_scale", tree_lr_scale),
     ):
         check_number("parameter_groups", argument, value)
-    routing, leaf_biases = set(), set()
+    group_of: dict[nn.Parameter, str] = {}
     for layer in model.modules():
         if isinstance(layer, FFF | UltraFFF):
             for name, parameter in layer.named_parameters():
-                # Also of a parametrised or pruned weight, whose name holds the original's.
-                if "node_weights" in name or "node_biases" in name:
-                    routing.add(parameter)
-                elif "b1" in name or "b2" in name:
-                    leaf_biases.add(parameter)
-    members: dict[str, list[nn.Parameter]] = {"routing": [], "decayed": [], "undecayed": []}
+                if group := _group_in_layer(name):
+                    group_of[parameter] = group
+    scales = {
+        "routing": node_lr_scale * tree_lr_scale,
+        "shared routing": node_lr_scale,
+        "tree": tree_lr_scale,
+        "tree biases": tree_lr_scale,
+        "decayed": 1.0,
+        "undecayed": 1.0,
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in scales}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter in routing:
-            members["routing"].append(parameter)
-        elif parameter.dim() <= 1 or parameter in leaf_biases:
-            members["undecayed"].append(parameter)
-        else:
-            members["decayed"].append(parameter)
+        if parameter.requires_grad:
+            usual = "undecayed" if parameter.dim() <= 1 else "decayed"
+            members[group_of.get(parameter, usual)].append(parameter)
     return [
         {
             "name": name,
             "params": params,
-            "lr": lr * (node_lr_scale if name == "routing" else 1.0),
-            "weight_decay": weight_decay if name == "decayed" else 0.0,
+            "lr": lr * scales[name],
+            "weight_decay": weight_decay if name in ("tree", "decayed") else 0.0,
         }
         for name, params in members.items()
         if params
     ]
+
+
+def _group_in_layer(name: str) -> str | None:
+    """Of a layer's parameter; None for that of any module's parameter of this dimension."""
+
+    def holds(*weights: str) -> bool:
+        # The name of a parametrised or pruned weight holds the original's.
+        return any(weight in name for weight in weights)
+
+    if holds("node_weights", "node_biases"):
+        return "routing"
+    if holds("base_weights", "base_biases"):
+        return "shared routing"
+    own = not holds("base_", "master_")
+    if holds("b1", "b2"):
+        return "tree biases" if own else "undecayed"
+    return "tree" if own and holds("node_outputs", "w1", "w2") else None
 
 
 @dataclass(frozen=True)
@@ -264,7 +295,7 @@ def published(
 
 
 def fold(model: nn.Module) -> int:
-    """Fold the shared leaf bases of all :class:`FFF` layers of ``model`` (:meth:`FFF.fold`).
+    """Fold the shared bases of all layers of ``model`` (:meth:`FFF.fold`, :meth:`UltraFFF.fold`).
 
     The config of a Hugging Face model follows, so that ``save_pretrained`` and
     :func:`torch_fff.load_pretrained` fit.
@@ -273,7 +304,10 @@ def fold(model: nn.Module) -> int:
         How many layers had one.
     """
     layers = [
-        layer for layer in model.modules() if isinstance(layer, FFF) and layer.shared_leaf_base
+        layer
+        for layer in model.modules()
+        if (isinstance(layer, FFF) and layer.shared_leaf_base)
+        or (isinstance(layer, UltraFFF) and layer.shared_level_base)
     ]
     for layer in layers:
         layer.fold()

@@ -121,6 +121,20 @@ def add_leaf_base(base: Tensor, own: Tensor) -> Tensor:
     return weights.flatten(0, 1)
 
 
+def add_level_base(base: Tensor, own: Tensor) -> Tensor:
+    """Weights of nodes that share a base with their level, n = 2^levels - 1 in each of K trees.
+
+    [K, levels, ...] + [K * n, ...] -> [K * n, ...]: node i of tree k, on level floor(log2(i + 1)),
+    has base[k, level] + own[k * n + i]. Each of the node weights, biases and outputs of the
+    functions below may be such a sum.
+    """
+    # Level by level, so that the base's gradient is a plain sum over slices.
+    sizes = [2**level for level in range(base.shape[1])]
+    levels = own.unflatten(0, (len(base), -1)).split(sizes, 1)
+    sums = [b.unsqueeze(1) + rows for b, rows in zip(base.unbind(1), levels, strict=True)]
+    return torch.cat(sums, 1).flatten(0, 1)
+
+
 def soft_tree(
     x: Tensor,
     node_weight: Tensor,

@@ -120,7 +120,8 @@ def replace_feedforward(
         reversible: keep the original modules, so that they can be restored; they take memory, but
             are no part of the model's parameters or state dict.
         options: of the layer, such as ``depth`` (always), ``leaf_width`` ("fff"),
-            ``parallel_size``, ``routing_gradient``, ``output_bias`` or ``shared_leaf_base``.
+            ``parallel_size``, ``routing_gradient``, ``output_bias``, ``shared_level_base``
+            ("ultra") or ``shared_leaf_base`` ("fff").
 
     Raises:
         ValueError: no block is found or selected; one is replaced already; the operators do not

@@ -21,8 +21,15 @@ from ._routing import (
     drawn_alternates,
     tree_weights,
 )
+from ._shared_base import check_base, fold_base, move_base
+from .reference import add_level_base
 
 _WEIGHTS = ("node_weights", "node_biases", "node_outputs", "output_bias")
+_LEVEL_BASES = {
+    "node_weights": "base_weights",
+    "node_biases": "base_biases",
+    "node_outputs": "base_outputs",
+}
 _SHOWN_UNLESS_DEFAULT = (
     ("routing_gradient", "none"),
     ("slope", 1.0),
@@ -30,6 +37,7 @@ _SHOWN_UNLESS_DEFAULT = (
     ("alternates", None),
     ("min_slope", 0.0),
     ("row_sparse_grad", False),
+    ("shared_level_base", False),
 )
 
 
@@ -50,6 +58,14 @@ class UltraFFF(Inspected, nn.Module):
     ``alternates`` and ``min_slope`` are plain attributes that a schedule may change every step;
     under ``torch.compile`` each new value of one but ``noise`` is a compilation of its own.
 
+    **Shared level base.** A node far from the root sees few tokens and learns slowly from nothing.
+    With ``shared_level_base=True`` its weights are those of a base that all nodes of its level of
+    its tree share, and that learns from every token, plus its own differences: base_weights[level]
+    + node_weights[i], and so on. The differences start at zero; they learn best at a smaller rate
+    than the base (``tree_lr_scale`` of :func:`torch_fff.recipes.parameter_groups`). Forwards then
+    add up the weights of all nodes first; after training :meth:`fold` puts the base into the nodes,
+    and the layer is an ordinary one, as fast as any.
+
     Args:
         input_width: last dimension of the input, ``in``.
         output_width: last dimension of the output, ``out``.
@@ -67,11 +83,14 @@ class UltraFFF(Inspected, nn.Module):
         min_slope: share of the sigmoid's greatest slope up to which a decision gets no gradient.
         row_sparse_grad: give the parameters gradients that are sparse tensors of the visited nodes,
             see :class:`FFF`; that of ``output_bias`` stays dense.
+        shared_level_base: whether node_weights, node_biases and node_outputs are differences from a
+            base. Not with ``row_sparse_grad``: the base's gradient is a sum over all nodes.
         device, dtype: of the parameters.
 
     Parameters: node_weights [K * n, in], node_biases [K * n] (None without ``bias``), node_outputs
-    [K * n, out], output_bias [out] (None unless asked for). Trees lie one after the
-    other, nodes in heap order.
+    [K * n, out], output_bias [out] (None unless asked for); base_weights [K, depth + 1, in],
+    base_biases [K, depth + 1] (None without ``bias``), base_outputs [K, depth + 1, out] with a
+    shared base. Trees lie one after the other, nodes in heap order.
 
     Shape: [..., in] -> [..., out], any leading dimensions, zero tokens included.
 
@@ -91,6 +110,9 @@ class UltraFFF(Inspected, nn.Module):
     node_biases: Tensor | None
     node_outputs: Tensor
     output_bias: Tensor | None
+    base_weights: Tensor | None
+    base_biases: Tensor | None
+    base_outputs: Tensor | None
 
     def __init__(
         self,
@@ -108,6 +130,7 @@ class UltraFFF(Inspected, nn.Module):
         alternates: int | None = None,
         min_slope: float = 0.0,
         row_sparse_grad: bool = False,
+        shared_level_base: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -117,6 +140,8 @@ class UltraFFF(Inspected, nn.Module):
         check_count("UltraFFF", "depth", depth, minimum=0)
         check_count("UltraFFF", "parallel_size", parallel_size)
         check_routing("UltraFFF", routing_gradient, slope, noise, alternates, min_slope)
+        if shared_level_base and row_sparse_grad:
+            reject("UltraFFF", "row_sparse_grad", "False with shared_level_base", row_sparse_grad)
 
         self.input_width = input_width
         self.output_width = output_width
@@ -130,28 +155,41 @@ class UltraFFF(Inspected, nn.Module):
         self.alternates = alternates
         self.min_slope = float(min_slope)
         self.row_sparse_grad = row_sparse_grad
+        self.shared_level_base = shared_level_base
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        def parameter(name: str, *shape: int, present: bool = True) -> None:
+            value = torch.empty(shape, device=device, dtype=dtype) if present else None
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
 
-        nodes = parallel_size * self.n_nodes
-        self.register_parameter("node_weights", parameter(nodes, input_width))
-        self.register_parameter("node_biases", parameter(nodes) if bias else None)
-        self.register_parameter("node_outputs", parameter(nodes, output_width))
-        self.register_parameter("output_bias", parameter(output_width) if output_bias else None)
+        nodes, levels, base = parallel_size * self.n_nodes, depth + 1, shared_level_base
+        parameter("node_weights", nodes, input_width)
+        parameter("node_biases", nodes, present=bias)
+        parameter("node_outputs", nodes, output_width)
+        parameter("output_bias", output_width, present=output_bias)
+        parameter("base_weights", parallel_size, levels, input_width, present=base)
+        parameter("base_biases", parallel_size, levels, present=base and bias)
+        parameter("base_outputs", parallel_size, levels, output_width, present=base)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew, as published: uniform in +-1 / sqrt(fan-in), a token's
         ``parallel_size * (depth + 1)`` visited neurons being the fan-in of the output. The output
-        bias becomes zero."""
-        bound = 1 / math.sqrt(self.input_width)
-        self.node_weights.uniform_(-bound, bound)
-        if self.node_biases is not None:
-            self.node_biases.uniform_(-bound, bound)
-        bound = 1 / math.sqrt(self.parallel_size * (self.depth + 1))
-        self.node_outputs.uniform_(-bound, bound)
+        bias becomes zero. A shared level base is drawn in the nodes' place, which become zero."""
+        path = self.parallel_size * (self.depth + 1)
+        for fan_in, weights in (
+            (self.input_width, (self.node_weights, self.node_biases)),
+            (path, (self.node_outputs,)),
+            (self.input_width, (self.base_weights, self.base_biases)),
+            (path, (self.base_outputs,)),
+        ):
+            for weight in weights:
+                if weight is not None:
+                    weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.shared_level_base:
+            for weight in (self.node_weights, self.node_biases, self.node_outputs):
+                if weight is not None:
+                    weight.zero_()
         if self.output_bias is not None:
             self.output_bias.zero_()
 
@@ -165,7 +203,7 @@ class UltraFFF(Inspected, nn.Module):
                 noise = decision_noise(x, trees, levels, noise=self.noise, slope=self.slope)
             if straight_through:
                 alternates = drawn_alternates(x, trees, levels, self.depth, self.alternates)
-        node_weights, node_biases, node_outputs, output_bias = tree_weights(self, _WEIGHTS)
+        node_weights, node_biases, node_outputs, output_bias = self._tree_weights()
         output = functional.run_tree(
             self.min_slope,
             self.row_sparse_grad,
@@ -191,15 +229,54 @@ class UltraFFF(Inspected, nn.Module):
             output = output + output_bias.to(output.dtype)  # autocast lowers the trees' dtype alone
         return output
 
+    def _tree_weights(self) -> list[Any]:
+        """Those that the nodes compute with, and the output bias."""
+        weights = tree_weights(self, _WEIGHTS)
+        if self.shared_level_base:
+            for index, base in enumerate(_LEVEL_BASES.values()):
+                if weights[index] is not None:
+                    weights[index] = add_level_base(getattr(self, base), weights[index])
+        return weights
+
+    def fold(self) -> UltraFFF:
+        """Add the shared level base into the nodes, in place, and drop its parameters.
+
+        The function stays the same to the bit; the layer is then that of
+        ``shared_level_base=False``, in speed, state dict and every other way. Without a base
+        nothing happens. In a Hugging Face model use :func:`torch_fff.recipes.fold`, which also
+        updates its config. An optimizer made before keeps the base's parameters, to no effect.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: a weight to be added is parametrised or pruned (``torch.nn.utils``).
+        """
+        if self.shared_level_base:
+            fold_base("UltraFFF.fold", self, _LEVEL_BASES, self._tree_weights()[:3])
+            self.shared_level_base = False
+        return self
+
+    def _move_base(self, owner: str) -> None:
+        """The same function with a base of zeros."""
+        if self.shared_level_base:
+            move_base(owner, self, _LEVEL_BASES, self._tree_weights()[:3])
+
     def published_state_dict(self) -> dict[str, Tensor]:
         """The state dict of UltraFastBERT's training layer for this layer.
+
+        Nodes come with a shared base added, as after :meth:`fold`.
 
         Raises:
             ValueError: the layer has an output bias, which has no published form.
         """
         if self.output_bias is not None:
             reject("UltraFFF.published_state_dict", "output_bias", "False", True)
-        return to_published(self.state_dict(), ULTRA_FAST_BERT)
+        own = self.state_dict()
+        for name, weight in zip(_LEVEL_BASES, self._tree_weights()[:3], strict=True):
+            if weight is not None:
+                own[name] = weight.detach()
+        return to_published(own, ULTRA_FAST_BERT)
 
     def _load_from_state_dict(
         self,
@@ -212,6 +289,9 @@ class UltraFFF(Inspected, nn.Module):
         error_msgs: list[str],
     ) -> None:
         state = to_own(state_dict, prefix, ULTRA_FAST_BERT)
+        error_msgs += check_base(
+            "UltraFFF", "shared_level_base", self.shared_level_base, _LEVEL_BASES, state, prefix
+        )
         nodes = ("nodes (parallel_size * (2**(depth + 1) - 1))", self.parallel_size * self.n_nodes)
         expected = {
             "node_weights": (nodes, ("input_width", self.input_width)),

@@ -23,7 +23,7 @@ from experiments.results import Record
 from experiments.runner import in_process, missing, run
 from experiments.settings import as_json, same
 from experiments.tables import percent
-from experiments.training import Recipe, schedule
+from experiments.training import Recipe, parameters, schedule
 from tolerances import assert_close
 from torch_fff import FFF, UltraFFF
 from torch_fff.recipes import Geometric, Linear, Schedule, Steps
@@ -291,6 +291,31 @@ def test_experts_equal_their_dense_definition(active, tokens):
         assert_close(ours, dense, name=name)
 
 
+def test_learning_rates_of_what_some_tokens_reach():
+    model = nn.Sequential(Experts(4, 2, 4, experts=3), UltraFFF(4, 4, 1, shared_level_base=True))
+    options = {"lr": 1.0, "weight_decay": 0.1}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [names[p] for p in parameters(model, None, None, **options)] == list(names.values())
+    rates = {
+        names[p]: group["lr"]
+        for group in parameters(model, 0.5, 0.25, **options)
+        for p in group["params"]
+    }
+    expected = {f"0.{name}": 0.25 for name in ("w1", "b1", "w2", "b2")} | {
+        "0.router.weight": 1.0,
+        "1.node_weights": 0.125,
+        "1.node_biases": 0.125,
+        "1.node_outputs": 0.25,
+        "1.base_weights": 0.5,
+        "1.base_biases": 0.5,
+        "1.base_outputs": 1.0,
+    }
+    assert rates == expected
+    alone = parameters(model, None, 0.25, **options)
+    assert {group["lr"] for group in alone} == {0.25, 1.0}
+    assert sum(len(group["params"]) for group in parameters(model, 0.5, None, **options)) == 11
+
+
 def test_load_balance_of_experts():
     layer = Experts(4, 2, 3, experts=4).train()
     with torch.no_grad():
@@ -330,11 +355,12 @@ def test_blocks_have_the_widths_they_claim(cell):
     ("block", "more"),
     [
         (DenseBlock(16), {}),
-        (ExpertsBlock(4, 4, active=2), {}),
+        (ExpertsBlock(4, 4, active=2), {"tree_lr_scale": 0.5}),
         (
             TreeBlock("UltraFFF", {"depth": 2, "routing_gradient": "straight_through"}),
             {"schedule": Schedule(slope=Geometric(1.0, 4.0)), "node_lr_scale": 0.5},
         ),
+        (TreeBlock("UltraFFF", {"depth": 2, "shared_level_base": True}), {"tree_lr_scale": 0.2}),
         (TreeBlock("FFF", {"depth": 2, "leaf_width": 2, "shared_leaf_base": True}), {}),
     ],
 )

@@ -28,9 +28,10 @@ from torch_fff.recipes import (
 )
 
 
-def build(**options):
+def build(shared_level_base=False, **options):
     torch.manual_seed(0)
     ultra = {"routing_gradient": "straight_through", "output_bias": True}
+    ultra["shared_level_base"] = shared_level_base
     return nn.Sequential(
         nn.Linear(4, 6),
         nn.LayerNorm(6),
@@ -43,23 +44,32 @@ def build(**options):
 
 
 def test_groups_hold_every_parameter_once():
-    model = build(shared_leaf_base=True, master_leaf_width=2)
+    model = build(shared_level_base=True, shared_leaf_base=True, master_leaf_width=2)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, lr=0.1, weight_decay=0.01, node_lr_scale=0.5)
+    scales = {"node_lr_scale": 0.5, "tree_lr_scale": 0.25}
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.01, **scales)
     assert [{key: group[key] for key in group if key != "params"} for group in groups] == [
-        {"name": "routing", "lr": 0.05, "weight_decay": 0.0},
+        {"name": "routing", "lr": 0.0125, "weight_decay": 0.0},
+        {"name": "shared routing", "lr": 0.05, "weight_decay": 0.0},
+        {"name": "tree", "lr": 0.025, "weight_decay": 0.01},
+        {"name": "tree biases", "lr": 0.025, "weight_decay": 0.0},
         {"name": "decayed", "lr": 0.1, "weight_decay": 0.01},
         {"name": "undecayed", "lr": 0.1, "weight_decay": 0.0},
     ]
-    routing, decayed, undecayed = ({names[p] for p in group["params"]} for group in groups)
-    assert routing == {
-        f"{layer}.{name}" for layer in ("2", "3.0") for name in ("node_weights", "node_biases")
+    members = {group["name"]: {names[p] for p in group["params"]} for group in groups}
+    assert members == {
+        "routing": {
+            f"{layer}.{name}" for layer in ("2", "3.0") for name in ("node_weights", "node_biases")
+        },
+        "shared routing": {"3.0.base_weights", "3.0.base_biases"},
+        "tree": {"2.node_outputs", "2.w1", "2.w2", "3.0.node_outputs"},
+        "tree biases": {"2.b1", "2.b2"},
+        "decayed": {"0.weight", "3.0.base_outputs"}
+        | {f"2.{name}" for name in ("base_w1", "base_w2", "master_w1", "master_w2")},
+        "undecayed": {"0.bias", "1.weight", "1.bias", "3.0.output_bias"}
+        | {f"2.{name}" for name in ("base_b1", "base_b2", "master_b1", "master_b2")}
+        | {"2.master_logit"},
     }
-    assert decayed == {"0.weight", "3.0.node_outputs"} | {
-        f"2.{name}"
-        for name in ("node_outputs", "w1", "w2", "base_w1", "base_w2", "master_w1", "master_w2")
-    }
-    assert routing | decayed | undecayed == set(names.values())
     assert sum(len(group["params"]) for group in groups) == len(names)
 
 
@@ -79,16 +89,20 @@ def test_groups_leave_out_what_is_frozen_and_know_what_is_parametrised():
     model = build()
     model[0].requires_grad_(False)
     model[3].requires_grad_(False)
-    parametrize.register_parametrization(model[2], "node_weights", nn.Identity())
+    for name in ("node_weights", "w1", "b2"):
+        parametrize.register_parametrization(model[2], name, nn.Identity())
     groups = parameter_groups(model, lr=0.1, weight_decay=0.0)
-    original = model[2].parametrizations.node_weights.original
-    assert set(groups[0]["params"]) == {original, model[2].node_biases}
+    original = model[2].parametrizations
+    members = {group["name"]: set(group["params"]) for group in groups}
+    assert members["routing"] == {original.node_weights.original, model[2].node_biases}
+    assert members["tree"] == {original.w1.original, model[2].w2, model[2].node_outputs}
+    assert members["tree biases"] == {model[2].b1, original.b2.original}
     grouped = {p for group in groups for p in group["params"]}
     assert grouped == {p for p in model.parameters() if p.requires_grad}
     assert [group["name"] for group in parameter_groups(nn.ReLU(), lr=1, weight_decay=0)] == []
 
 
-@pytest.mark.parametrize("argument", ["lr", "weight_decay", "node_lr_scale"])
+@pytest.mark.parametrize("argument", ["lr", "weight_decay", "node_lr_scale", "tree_lr_scale"])
 def test_groups_refuse(argument):
     arguments = {"lr": 0.1, "weight_decay": 0.0, argument: -1.0}
     with pytest.raises(ValueError, match=f"parameter_groups: {argument}: expected a number in"):
@@ -261,9 +275,16 @@ def test_callback_names_the_missing_package(make, monkeypatch):
 # ---- folding ------------------------------------------------------------------------------------
 
 
-def test_folded_hugging_face_model_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("fff", {"leaf_width": 3, "shared_leaf_base": True}),
+        ("ultra", {"shared_level_base": True}),
+    ],
+)
+def test_folded_hugging_face_model_is_saved_and_loaded(tmp_path, layer, options):
     model, x = BERT.make(), BERT.input()
-    replace_feedforward(model, "fff", depth=2, leaf_width=3, shared_leaf_base=True)
+    replace_feedforward(model, layer, depth=2, **options)
     expected = output(model, x)
     assert fold(model) == 2
     assert fold(model) == 0
