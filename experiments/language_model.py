@@ -41,13 +41,13 @@ class Settings:
     """
 
     block: Block
-    steps: int = 2400
+    steps: int = 1200
     batch: int = 16
     length: int = 128
     width: int = 128
     heads: int = 4
     layers: int = 3
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.01
     node_lr_scale: float | None = None
     tree_lr_scale: float | None = None
@@ -58,27 +58,24 @@ def tree(layer: str, **options: Any) -> TreeBlock:
     return TreeBlock(layer, options)
 
 
+# What few tokens reach wants a lower rate than what all of them use.
+FOUR_TREES = {"depth": 7, "parallel_size": 4}
+LEVEL_BASE = {**FOUR_TREES, "shared_level_base": True}
+LEAF_BASE = {"leaf_width": 10, "depth": 6, "parallel_size": 2, "shared_leaf_base": True}
 STRAIGHT_THROUGH = {"routing_gradient": "straight_through"}
-TWO_TREES = {"leaf_width": 8, "depth": 6, "parallel_size": 2}
 
 CELLS: dict[str, Settings] = {
     "dense 32": Settings(DenseBlock(32)),
     "dense 128": Settings(DenseBlock(128)),
     "dense 512": Settings(DenseBlock(512)),
-    "dense 1024": Settings(DenseBlock(1024)),
-    "UltraFFF 4x7": Settings(tree("UltraFFF", depth=7, parallel_size=4)),
-    "UltraFFF 4x7, straight-through": Settings(
-        tree("UltraFFF", depth=7, parallel_size=4, **STRAIGHT_THROUGH)
+    "UltraFFF 4x7": Settings(tree("UltraFFF", **FOUR_TREES), tree_lr_scale=0.4),
+    "UltraFFF 4x7, shared base": Settings(tree("UltraFFF", **LEVEL_BASE), tree_lr_scale=0.2),
+    "UltraFFF 4x7, shared base, straight-through": Settings(
+        tree("UltraFFF", **LEVEL_BASE, **STRAIGHT_THROUGH), tree_lr_scale=0.2
     ),
-    "FFF l=32 d=5": Settings(tree("FFF", leaf_width=32, depth=5)),
-    "FFF l=32 d=5, shared base": Settings(
-        tree("FFF", leaf_width=32, depth=5, shared_leaf_base=True)
-    ),
-    "FFF 2x l=8 d=6": Settings(tree("FFF", **TWO_TREES)),
-    "FFF 2x l=8 d=6, shared base": Settings(tree("FFF", **TWO_TREES, shared_leaf_base=True)),
-    "FFF 2x l=8 d=6, node outputs": Settings(tree("FFF", **TWO_TREES, node_output=True)),
-    "top-1 of 32 experts of 32": Settings(ExpertsBlock(32, 32, active=1)),
-    "top-2 of 64 experts of 16": Settings(ExpertsBlock(64, 16, active=2)),
+    "FFF 2x l=10 d=6, shared base": Settings(tree("FFF", **LEAF_BASE), tree_lr_scale=0.2),
+    "top-1 of 32 experts of 32": Settings(ExpertsBlock(32, 32, active=1), tree_lr_scale=0.4),
+    "top-2 of 64 experts of 16": Settings(ExpertsBlock(64, 16, active=2), tree_lr_scale=0.4),
 }
 NARROW, WIDE = "dense 32", "dense 512"  # between them the table measures
 
