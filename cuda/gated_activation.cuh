@@ -50,4 +50,18 @@ struct GateBackwardLeaf {
   }
 };
 
+namespace pipeline {
+
+template <typename T, typename Queue>
+void gated_activation(const GatedActivation& p, Queue& queue) {
+  for_each_item(GateToken<T>{p}, p.tokens, queue);
+}
+
+template <typename T, typename Queue>
+void gated_activation_backward(const GatedActivation& p, Queue& queue) {
+  for_each_item(GateBackwardLeaf<T>{p}, p.tokens * p.leaves, queue);
+}
+
+}  // namespace pipeline
+
 }  // namespace fff::cuda

@@ -72,4 +72,19 @@ struct MixtureBackwardNode {
   }
 };
 
+namespace pipeline {
+
+template <typename T, typename Queue>
+void leaf_mixture(const LeafMixture& p, Queue& queue) {
+  for_each_item(MixtureToken<T>{p}, p.tokens, queue);
+}
+
+template <typename T, typename Queue>
+void leaf_mixture_backward(const LeafMixture& p, Queue& queue) {
+  const int64_t nodes = (int64_t(1) << p.depth) - 1;
+  for_each_item(MixtureBackwardNode<T>{p}, p.tokens * nodes, queue);
+}
+
+}  // namespace pipeline
+
 }  // namespace fff::cuda

@@ -92,4 +92,15 @@ struct ForwardToken {
   }
 };
 
+namespace pipeline {
+
+template <typename T, typename Queue>
+void tree_forward(const TreeForward& p, Queue& queue) {
+  using A = acc_t<T>;
+  A* gates = queue.template array<A>(ForwardToken<T>::gates_size(p));
+  for_each_item(ForwardToken<T>{p, gates}, p.shape.tokens, queue);
+}
+
+}  // namespace pipeline
+
 }  // namespace fff::cuda
