@@ -19,8 +19,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FFF_DEVICE __device__
+#define FFF_UNROLL _Pragma("unroll")         // so that arrays of the loop become registers
+#define FFF_UNROLL_BY_4 _Pragma("unroll 4")  // so that as many loads are under way
 #else
 #define FFF_DEVICE
+#define FFF_UNROLL
+#define FFF_UNROLL_BY_4
 #endif
 
 namespace fff::cuda {

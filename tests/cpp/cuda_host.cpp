@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -42,7 +43,7 @@ struct Thread {
   test::Fiber fiber;
   int index = 0;
   bool finished = false;
-  const char* waits_in = nullptr;  // null: can go on
+  const char* waits_in = nullptr;  // while it does
   void* argument = nullptr;        // of the warp function in which it waits
   std::vector<Copy> copies;        // begun since the last commit
   std::deque<std::vector<Copy>> groups;
@@ -67,7 +68,8 @@ class Block {
         order_(order),
         random_(random),
         kernel_(kernel),
-        warps_(threads.size() / kWarpSize) {}
+        warps_(threads.size() / kWarpSize),
+        ready_(warps_.size(), ~uint32_t(0)) {}
 
   int64_t index = 0;
   int64_t count = 0;
@@ -79,7 +81,6 @@ class Block {
       Thread& t = *threads_[i];
       t.index = static_cast<int>(i);
       t.finished = false;
-      t.waits_in = nullptr;
       t.copies.clear();
       t.groups.clear();
       t.fiber.restart([this, &t] {
@@ -89,6 +90,7 @@ class Block {
           error_ = std::current_exception();
         }
         t.finished = true;
+        set_ready(t.index, false);
         t.fiber.switch_to(scheduler_, true);
       });
     }
@@ -131,28 +133,49 @@ class Block {
       fail(std::string("lanes of a warp are in ") + gathering.in + " and " + name);
     }
     self.waits_in = name;
+    set_ready(self.index, false);
     gathering.in = name;
     if (++gathering.arrived == count) {
       complete();
       gathering.arrived = 0;
       for (int i = first; i < first + count; ++i) {
-        threads_[i]->waits_in = nullptr;
+        set_ready(i, true);
       }
     }
     self.fiber.switch_to(scheduler_);
   }
 
+  void set_ready(int thread, bool ready) {
+    const uint32_t bit = uint32_t(1) << thread % kWarpSize;
+    uint32_t& warp = ready_[thread / kWarpSize];
+    warp = ready ? warp | bit : warp & ~bit;
+  }
+
   // A thread that can go on; -1 if there is none.
   int next_ready() {
-    const int count = static_cast<int>(threads_.size());
+    const int count = static_cast<int>(ready_.size());
     const int start = order_ == Order::kRandom ? static_cast<int>(random_() % count) : 0;
     for (int i = 0; i < count; ++i) {
-      const int index = order_ == Order::kReverse ? count - 1 - i : (start + i) % count;
-      if (!threads_[index]->finished && !threads_[index]->waits_in) {
-        return index;
+      const int warp = order_ == Order::kReverse ? count - 1 - i : (start + i) % count;
+      if (const uint32_t bits = ready_[warp]) {
+        return warp * kWarpSize + lane_of(bits);
       }
     }
     return -1;
+  }
+
+  int lane_of(uint32_t bits) {
+    switch (order_) {
+      case Order::kForward:
+        return std::countr_zero(bits);
+      case Order::kReverse:
+        return highest_bit(bits);
+      case Order::kRandom:
+        break;
+    }
+    const int lane = static_cast<int>(random_() % kWarpSize);
+    const uint32_t from_lane = bits >> lane << lane;
+    return std::countr_zero(from_lane ? from_lane : bits);
   }
 
   std::string whereabouts() const {
@@ -173,6 +196,7 @@ class Block {
   std::mt19937& random_;
   const std::function<void()>& kernel_;
   std::vector<Gathering> warps_;
+  std::vector<uint32_t> ready_;  // of each warp the lanes that can go on
   Gathering whole_;
   test::Fiber scheduler_;
   std::exception_ptr error_;

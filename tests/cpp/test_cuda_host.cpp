@@ -13,7 +13,6 @@
 #include "../../cuda/gated_activation.cuh"
 #include "../../cuda/leaf_mixture.cuh"
 #include "../../cuda/tree_backward.cuh"
-#include "../../cuda/tree_forward.cuh"
 #include "cpu/kernels.h"
 #include "cuda_host.h"
 
@@ -241,21 +240,6 @@ struct TreeProblem {
 };
 
 template <typename T>
-void check_forward(const TreeProblem<T>& problem, bool with_output = true) {
-  const auto expected = problem.run_forward(7, with_output, cpu::kernels().tree_forward);
-  for (const cuda::Order order : cuda::kOrders) {
-    SCOPED_TRACE(static_cast<int>(order));
-    HostQueue queue(order);
-    const auto got = problem.run_forward(
-        -7, with_output, [&](const TreeForward& p) { cuda::pipeline::tree_forward<T>(p, queue); });
-    EXPECT_EQ(got.leaf, expected.leaf);
-    expect_close(got.scores, expected.scores, "scores");
-    expect_close(got.narrow, expected.narrow, "output");
-    expect_close(got.wide, expected.wide, "output");
-  }
-}
-
-template <typename T>
 void check_backward(TreeProblem<T>& problem, int64_t leaf_offset = 0) {
   auto routes = problem.run_forward(7, true, cpu::kernels().tree_forward);
   for (int64_t& leaf : routes.leaf) {
@@ -284,18 +268,6 @@ class CudaHost : public testing::Test {};
 using Types = testing::Types<float, double, c10::BFloat16, c10::Half>;
 TYPED_TEST_SUITE(CudaHost, Types);
 
-TYPED_TEST(CudaHost, TreeForward) {
-  for (const TreeCase& c : tree_cases()) {
-    SCOPED_TRACE(testing::Message() << c);
-    check_forward(TreeProblem<TypeParam>(c));
-  }
-}
-
-TYPED_TEST(CudaHost, TreeForwardOfRoutesOnly) {
-  check_forward(TreeProblem<TypeParam>({.levels = 3, .leaf_width = 2, .node_output = false}),
-                false);
-}
-
 TYPED_TEST(CudaHost, TreeBackward) {
   for (const TreeCase& c : tree_cases()) {
     SCOPED_TRACE(testing::Message() << c);
@@ -310,7 +282,6 @@ TYPED_TEST(CudaHost, TreeOfNaNAndInfinity) {
   problem.x[0] = std::numeric_limits<TypeParam>::quiet_NaN();
   problem.noise[5] = std::numeric_limits<A>::infinity();
   problem.noise[6] = -std::numeric_limits<A>::infinity();
-  check_forward(problem);
   check_backward(problem);
 }
 
