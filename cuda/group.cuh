@@ -46,6 +46,27 @@ void for_each_item(const Body& body, int64_t items, Queue& queue) {
   queue.launch(ForEachItem<Body>{body, items}, blocks, 0);
 }
 
+// Calls body(item, item < items) for items 0, 1, ..., one thread each; threads of whole warps, so
+// that bodies may call warp functions.
+template <typename Body>
+struct ForEachThread {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerProcessor = 1;
+  Body body;
+  int64_t items;
+
+  FFF_DEVICE void operator()() const {
+    const int64_t item = block_index() * kThreads + thread_index();
+    body(item, item < items);
+  }
+};
+
+template <typename Body, typename Queue>
+void for_each_thread(const Body& body, int64_t items, Queue& queue) {
+  constexpr int64_t kThreads = ForEachThread<Body>::kThreads;
+  queue.launch(ForEachThread<Body>{body, items}, (items + kThreads - 1) / kThreads, 0);
+}
+
 // The level of a node in heap order.
 FFF_DEVICE inline int level_of(int64_t node) {
   int level = 0;

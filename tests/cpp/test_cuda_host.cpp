@@ -294,7 +294,7 @@ TYPED_TEST(CudaHost, TreeBackwardStaysInsideForAnyLeaf) {
 TYPED_TEST(CudaHost, LeafMixture) {
   using T = TypeParam;
   const int64_t tokens = 5;
-  for (int depth : {0, 1, 5}) {
+  for (int depth : {0, 1, 2, 3, 5, 9, 12}) {
     SCOPED_TRACE(depth);
     const int64_t leaves = int64_t(1) << depth;
     auto logits = random_values<T>(tokens * (leaves - 1));
@@ -350,7 +350,7 @@ TYPED_TEST(CudaHost, GatedActivation) {
   const int64_t tokens = 5;
   for (Activation activation : {Activation::kIdentity, Activation::kRelu, Activation::kGelu,
                                 Activation::kGeluTanh, Activation::kSilu}) {
-    for (const auto& [leaves, leaf_width] : {std::pair{7, 1}, {1, 9}, {8, 3}}) {
+    for (const auto& [leaves, leaf_width] : {std::pair{7, 1}, {1, 9}, {8, 3}, {3, 64}, {2, 300}}) {
       SCOPED_TRACE(testing::Message() << "activation " << static_cast<int>(activation) << " leaves "
                                       << leaves << " leaf_width " << leaf_width);
       const int64_t size = tokens * leaves * leaf_width;
