@@ -96,9 +96,9 @@ class StreamQueue {
     }
     constexpr int64_t kGranted = 48 * 1024;  // more must be asked for
     if (shared > kGranted) {
-      check(cudaFuncSetAttribute(run_body<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared)),
-            "cudaFuncSetAttribute");
+      set(run_body<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      set(run_body<Body>, cudaFuncAttributePreferredSharedMemoryCarveout,
+          cudaSharedmemCarveoutMaxShared);
     }
     run_body<<<static_cast<unsigned>(blocks), Body::kThreads, static_cast<size_t>(shared),
                stream_>>>(body);
@@ -113,6 +113,11 @@ class StreamQueue {
   }
 
  private:
+  template <typename Kernel>
+  static void set(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+    check(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
+  }
+
   unsigned char* next_;
   cudaStream_t stream_;
 };
