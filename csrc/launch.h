@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include "cpu/kernels.h"
 #ifdef FFF_WITH_CUDA
@@ -9,7 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../cuda/kernels.h"
-#define FFF_CUDA_KERNEL(name) ::fff::cuda::name
+#define FFF_CUDA_KERNEL(name) &::fff::cuda::name
 #else
 #define FFF_CUDA_KERNEL(name) nullptr
 #endif
@@ -21,7 +22,7 @@ template <typename Params>
 void launch(const char* op, const at::Tensor& t, const Params& params,
             void (*cpu::Kernels::*cpu_kernel)(const Params&),
 #ifdef FFF_WITH_CUDA
-            void (*cuda_kernel)(const Params&, cudaStream_t)
+            const cuda::Kernel<Params>* cuda_kernel
 #else
             std::nullptr_t /* no CUDA kernel in this build */
 #endif
@@ -33,7 +34,10 @@ void launch(const char* op, const at::Tensor& t, const Params& params,
 #ifdef FFF_WITH_CUDA
   if (t.is_cuda()) {
     const c10::cuda::CUDAGuard guard(t.device());
-    cuda_kernel(params, c10::cuda::getCurrentCUDAStream(t.get_device()));
+    // The caching allocator gives it to nobody else before this stream is through with it.
+    const at::Tensor workspace =
+        at::empty({cuda_kernel->workspace_bytes(params)}, t.options().dtype(at::kByte));
+    cuda_kernel->run(params, workspace.data_ptr(), c10::cuda::getCurrentCUDAStream(t.get_device()));
     return;
   }
 #endif

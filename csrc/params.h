@@ -68,6 +68,8 @@ struct TreeForward {
   DType output_dtype;  // dtype, or the accumulation type where several trees add up
   void* scores;        // acc [tokens, trees, levels]
   int64_t* leaf;       // [tokens, trees]
+  // Whether products of floats may round their factors to tf32; CUDA alone asks.
+  bool allow_tf32 = false;
 };
 
 // The rows that an array has: those with the given ids, ascending; null: all of them.

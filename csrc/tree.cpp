@@ -1,5 +1,6 @@
 #include "tree.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -113,6 +114,7 @@ Arguments check_arguments(const Check& check, const at::Tensor& x, const at::Ten
   p.x = a.x.data_ptr();
   p.noise = data_or_null(a.noise);
   p.leaf_scale = data_or_null(a.leaf_scale);
+  p.allow_tf32 = x.is_cuda() && at::globalContext().allowTF32CuBLAS();
   return a;
 }
 

@@ -1,18 +1,18 @@
 #include "gated_activation.cuh"
 
-#include "kernels.h"
-#include "launch.cuh"
+#include "queue.cuh"
 
 namespace fff::cuda {
 
-void gated_activation(const GatedActivation& p, cudaStream_t stream) {
-  dispatch(p.dtype, [&](auto zero) { launch(GateToken<decltype(zero)>{p}, p.tokens, stream); });
-}
+const Kernel<GatedActivation> gated_activation =
+    kernel<GatedActivation>([](const auto& p, auto& queue) {
+      dispatch(p.dtype, [&](auto zero) { pipeline::gated_activation<decltype(zero)>(p, queue); });
+    });
 
-void gated_activation_backward(const GatedActivation& p, cudaStream_t stream) {
-  dispatch(p.dtype, [&](auto zero) {
-    launch(GateBackwardLeaf<decltype(zero)>{p}, p.tokens * p.leaves, stream);
-  });
-}
+const Kernel<GatedActivation> gated_activation_backward =
+    kernel<GatedActivation>([](const auto& p, auto& queue) {
+      dispatch(p.dtype,
+               [&](auto zero) { pipeline::gated_activation_backward<decltype(zero)>(p, queue); });
+    });
 
 }  // namespace fff::cuda

@@ -1,47 +1,71 @@
-// The threads that work on one item together, and what every kernel body does with them.
+// Warps that work on one item each, and what every such kernel does.
 //
-// A body is called with an item's index by all threads of a Group at once. A Group has
-//   - lane, size: which of its threads this is, and of how many;
-//   - sum(value): the sum over its threads, to the last bit the same in all of them, for routes
-//     depend on it;
-//   - sync(): after it, what its threads wrote to memory before is visible to all of them.
-//
-// On a GPU that is a warp. Bodies use nothing else of CUDA, so that a host compiler can run them
-// with a Group of its own.
+// A body is called with an item's index by all lanes of a warp at once.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
+#include <algorithm>
 
-#include "params.h"
-
-#if defined(__CUDACC__)
-#define FFF_DEVICE __device__
-#else
-#define FFF_DEVICE
-#endif
+#include "device.cuh"
 
 namespace fff::cuda {
 
-// The type of scores and sums.
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-#if defined(__CUDACC__)
 struct Warp {
-  static constexpr int size = 32;
+  static constexpr int size = kWarpSize;
   int lane;
 
   template <typename A>
-  __device__ A sum(A value) const {
-    for (int distance = size / 2; distance > 0; distance /= 2) {
-      value += __shfl_xor_sync(0xffffffffu, value, distance);
-    }
-    return value;
+  FFF_DEVICE A sum(A value) const {
+    return sum_over_warp(value);
   }
-  __device__ void sync() const { __syncwarp(); }
+  FFF_DEVICE void sync() const { sync_warp(); }
 };
-#endif
+
+// Calls body(item, warp) for items 0 ... items - 1.
+template <typename Body>
+struct ForEachItem {
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr int kWarps = kThreads / kWarpSize;
+  Body body;
+  int64_t items;
+
+  FFF_DEVICE void operator()() const {
+    const Warp warp{lane_index()};
+    for (int64_t item = block_index() * kWarps + warp_index(); item < items;
+         item += block_count() * kWarps) {
+      body(item, warp);
+    }
+  }
+};
+
+template <typename Body, typename Queue>
+void for_each_item(const Body& body, int64_t items, Queue& queue) {
+  constexpr int64_t kWarps = ForEachItem<Body>::kWarps;
+  constexpr int64_t most_blocks = int64_t(1) << 20;
+  const int64_t blocks = std::min((items + kWarps - 1) / kWarps, most_blocks);
+  queue.launch(ForEachItem<Body>{body, items}, blocks, 0);
+}
+
+// Calls body(item, item < items) for items 0, 1, ..., one thread each; threads of whole warps, so
+// that bodies may call warp functions.
+template <typename Body>
+struct ForEachThread {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerProcessor = 1;
+  Body body;
+  int64_t items;
+
+  FFF_DEVICE void operator()() const {
+    const int64_t item = block_index() * kThreads + thread_index();
+    body(item, item < items);
+  }
+};
+
+template <typename Body, typename Queue>
+void for_each_thread(const Body& body, int64_t items, Queue& queue) {
+  constexpr int64_t kThreads = ForEachThread<Body>::kThreads;
+  queue.launch(ForEachThread<Body>{body, items}, (items + kThreads - 1) / kThreads, 0);
+}
 
 // The level of a node in heap order.
 FFF_DEVICE inline int level_of(int64_t node) {

@@ -1,18 +1,28 @@
-// The CUDA kernels, one function for each entry of the CPU's table: each queues its work on
-// `stream` and returns. They throw std::runtime_error when CUDA refuses.
+// The CUDA kernels, one entry for each of the CPU's table.
 #pragma once
 
 #include <driver_types.h>
+
+#include <cstdint>
 
 #include "params.h"
 
 namespace fff::cuda {
 
-void tree_forward(const TreeForward& p, cudaStream_t stream);
-void tree_backward(const TreeBackward& p, cudaStream_t stream);
-void leaf_mixture(const LeafMixture& p, cudaStream_t stream);
-void leaf_mixture_backward(const LeafMixture& p, cudaStream_t stream);
-void gated_activation(const GatedActivation& p, cudaStream_t stream);
-void gated_activation_backward(const GatedActivation& p, cudaStream_t stream);
+template <typename Params>
+struct Kernel {
+  // Bytes of memory of its own that a call needs.
+  int64_t (*workspace_bytes)(const Params& p);
+  // Queues its work on `stream` and returns. `workspace` is 256-byte aligned and stays the call's
+  // until the work is done. Throws std::runtime_error when CUDA refuses.
+  void (*run)(const Params& p, void* workspace, cudaStream_t stream);
+};
+
+extern const Kernel<TreeForward> tree_forward;
+extern const Kernel<TreeBackward> tree_backward;
+extern const Kernel<LeafMixture> leaf_mixture;
+extern const Kernel<LeafMixture> leaf_mixture_backward;
+extern const Kernel<GatedActivation> gated_activation;
+extern const Kernel<GatedActivation> gated_activation_backward;
 
 }  // namespace fff::cuda

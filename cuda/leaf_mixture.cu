@@ -1,19 +1,16 @@
 #include "leaf_mixture.cuh"
 
-#include "kernels.h"
-#include "launch.cuh"
+#include "queue.cuh"
 
 namespace fff::cuda {
 
-void leaf_mixture(const LeafMixture& p, cudaStream_t stream) {
-  dispatch(p.dtype, [&](auto zero) { launch(MixtureToken<decltype(zero)>{p}, p.tokens, stream); });
-}
+const Kernel<LeafMixture> leaf_mixture = kernel<LeafMixture>([](const auto& p, auto& queue) {
+  dispatch(p.dtype, [&](auto zero) { pipeline::leaf_mixture<decltype(zero)>(p, queue); });
+});
 
-void leaf_mixture_backward(const LeafMixture& p, cudaStream_t stream) {
-  const int64_t nodes = (int64_t(1) << p.depth) - 1;
-  dispatch(p.dtype, [&](auto zero) {
-    launch(MixtureBackwardNode<decltype(zero)>{p}, p.tokens * nodes, stream);
-  });
-}
+const Kernel<LeafMixture> leaf_mixture_backward = kernel<LeafMixture>([](const auto& p,
+                                                                         auto& queue) {
+  dispatch(p.dtype, [&](auto zero) { pipeline::leaf_mixture_backward<decltype(zero)>(p, queue); });
+});
 
 }  // namespace fff::cuda

@@ -287,4 +287,18 @@ std::array<BackwardRow<T>, 5> backward_rows(const TreeBackward& p,
            {s, p.leaf, nullptr, grad, s.output_width, false, 1, out(p.grad_b2), nullptr}}};
 }
 
+namespace pipeline {
+
+template <typename T, typename Queue>
+void tree_backward(const TreeBackward& p, Queue& queue) {
+  using A = acc_t<T>;
+  const GateGradients<A> gates(p, queue.template array<A>(GateGradients<A>::size(p)));
+  for_each_item(BackwardToken<T>{p, gates}, p.forward.shape.tokens, queue);
+  for (const BackwardRow<T>& rows : backward_rows<T>(p, gates)) {
+    for_each_item(rows, rows.items(kWarpSize), queue);
+  }
+}
+
+}  // namespace pipeline
+
 }  // namespace fff::cuda

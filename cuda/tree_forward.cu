@@ -1,16 +1,11 @@
 #include "tree_forward.cuh"
 
-#include "kernels.h"
-#include "launch.cuh"
+#include "queue.cuh"
 
 namespace fff::cuda {
 
-void tree_forward(const TreeForward& p, cudaStream_t stream) {
-  dispatch(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Workspace<acc_t<T>> gates(ForwardToken<T>::gates_size(p), stream);
-    launch(ForwardToken<T>{p, gates.data()}, p.shape.tokens, stream);
-  });
-}
+const Kernel<TreeForward> tree_forward = kernel<TreeForward>([](const auto& p, auto& queue) {
+  dispatch(p.dtype, [&](auto zero) { pipeline::tree_forward<decltype(zero)>(p, queue); });
+});
 
 }  // namespace fff::cuda

@@ -1,95 +1,109 @@
-// Hard tree, forward: a group of threads walks one token down all trees, then sums the rows it met.
+// Hard tree, forward: which way suits a call.
 #pragma once
 
-#include "token_in_tree.cuh"
+#include "tree_slabs.cuh"
+#include "tree_walk.cuh"
 
 namespace fff::cuda {
 
-// Item: a token.
+// How many slabs, of `most_levels`, are best computed as products; a walk does the rest. Products
+// read rows that many tokens share, but all of a slab, visited or not; a walk reads visited ones.
+// What either costs is rows read.
+inline int best_slabs(const TreeForward& p, int most_levels) {
+  const TreeShape& s = p.shape;
+  const int64_t pairs = s.tokens * s.trees;
+  const int64_t node_rows = p.weights.node_output && p.output ? 2 : 1;  // that a node has
+  const int64_t neurons = p.output ? s.leaf_width : 0;
+  const auto tiles_at = [&](int level) {
+    return pairs / kTileTokens + std::min(pairs, s.trees << level);
+  };
+  int best = 0;
+  int64_t least = pairs * (s.levels * node_rows + 2 * neurons);
+  int64_t scores = 0, nodes = 0;  // rows read for scores, nodes of a tile, up to this slab
+  const int count = Slabs(s, most_levels, 1).count;
+  for (int used = 1; used <= count && s.tokens > kTileTokens; ++used) {
+    const Slabs slabs(s, most_levels, used);
+    const int64_t own = (int64_t(1) << slabs.size(used - 1)) - 1;
+    scores += pairs + tiles_at(slabs.begin(used - 1)) * own;
+    nodes += own;
+    int64_t rows = scores + (node_rows - 1) * tiles_at(slabs.last_level) * nodes;
+    if (used < count) {
+      rows += pairs * ((s.levels - slabs.begin(used)) * node_rows + 2 * neurons);
+      rows += (node_rows - 1) * pairs;  // the output again
+    } else if (neurons > 0) {
+      rows += pairs + tiles_at(slabs.last_level) * 2 * slabs.neurons(s);
+    }
+    if (rows < least) {
+      least = rows;
+      best = used;
+    }
+  }
+  return best;
+}
+
+// The part of a call for some of its tokens.
 template <typename T>
-struct ForwardToken {
-  using A = acc_t<T>;
-  TreeForward p;
-  A* gates;  // [tokens, trees, levels + leaf_width] what multiplies each row; unused without output
+TreeForward some_tokens(TreeForward p, int64_t first, int64_t count) {
+  const TreeShape& s = p.shape;
+  const auto in = [&](const void* array, int64_t bytes) -> const void* {
+    return array ? static_cast<const char*>(array) + first * bytes : nullptr;
+  };
+  const auto out = [&](void* array, int64_t bytes) -> void* {
+    return array ? static_cast<char*>(array) + first * bytes : nullptr;
+  };
+  constexpr int64_t t = sizeof(T), a = sizeof(acc_t<T>);
+  p.x = in(p.x, s.input_width * t);
+  p.noise = in(p.noise, s.trees * s.levels * a);
+  p.leaf_scale = in(p.leaf_scale, s.trees * s.leaf_width * a);
+  p.output = out(p.output, s.output_width * (p.output_dtype == p.dtype ? t : a));
+  p.scores = out(p.scores, s.trees * s.levels * a);
+  p.leaf += first * s.trees;
+  p.shape.tokens = count;
+  return p;
+}
 
-  static int64_t gates_size(const TreeForward& p) {
-    const TreeShape& s = p.shape;
-    return p.output ? s.tokens * s.trees * (s.levels + s.leaf_width) : 0;
-  }
+namespace pipeline {
 
-  template <typename Group>
-  FFF_DEVICE void operator()(int64_t token, const Group& group) const {
-    for (int64_t tree = 0; tree < p.shape.trees; ++tree) {
-      const TokenInTree<T, Group> t(p, token, tree, group);
-      const int64_t leaf = descend(t, group);
-      if (group.lane == 0) {
-        p.leaf[t.offset(1)] = leaf;
+template <typename T, typename Queue>
+void tree_forward_of_part(const TreeForward& p, Queue& queue) {
+  constexpr int64_t kFewTokens = 256;
+  constexpr int64_t kWideRow = 4096;  // bytes: looking far ahead reads too much
+  constexpr int64_t kBlocks = 128;    // keep a GPU busy
+  const TreeShape& s = p.shape;
+  int first_level = 0;
+  bool adds = false;
+  if constexpr (!std::is_same_v<T, double>) {
+    const bool matrix_units = !std::is_same_v<T, float> || p.allow_tf32;
+    if (const int used = matrix_units ? best_slabs(p, kSlabLevels<T>) : 0) {
+      const Slabs slabs(s, kSlabLevels<T>, used);
+      tree_forward_slabs<T>(p, slabs, queue);
+      if (used == slabs.count) {
+        return;
       }
-      if (p.output) {
-        hidden_gates(t, leaf, group);
-      }
-    }
-    if (p.output) {
-      group.sync();
-      for (int64_t column = group.lane; column < p.shape.output_width; column += group.size) {
-        store<T>(p.output, p.output_dtype, p.dtype, token * p.shape.output_width + column,
-                 output(token, column, group));
-      }
-    }
-  }
-
- private:
-  FFF_DEVICE int64_t gates_per_tree() const { return p.shape.levels + p.shape.leaf_width; }
-
-  template <typename Group>
-  FFF_DEVICE int64_t descend(const TokenInTree<T, Group>& t, const Group& group) const {
-    int64_t position = 0;
-    for (int level = 0; level < p.shape.levels; ++level) {
-      const A score = t.score((int64_t(1) << level) - 1 + position);
-      if (group.lane == 0) {
-        static_cast<A*>(p.scores)[t.offset(p.shape.levels) + level] = score;
-        if (p.output) {
-          gates[t.offset(gates_per_tree()) + level] = activate(p.node_activation, score);
-        }
-      }
-      if (level < p.shape.decisions) {
-        position = 2 * position + t.goes_right(score, level);
-      }
-    }
-    return position;
-  }
-
-  template <typename Group>
-  FFF_DEVICE void hidden_gates(const TokenInTree<T, Group>& t, int64_t leaf,
-                               const Group& group) const {
-    for (int64_t j = 0; j < p.shape.leaf_width; ++j) {
-      const A hidden = activate(p.leaf_activation, t.pre_activation(leaf, j)) * t.leaf_scale(j);
-      if (group.lane == 0) {
-        gates[t.offset(gates_per_tree()) + p.shape.levels + j] = hidden;
-      }
+      first_level = slabs.begin(used);
+      adds = p.weights.node_output;
     }
   }
-
-  template <typename Group>
-  FFF_DEVICE A output(int64_t token, int64_t column, const Group& group) const {
-    A sum = A(0);
-    for (int64_t tree = 0; tree < p.shape.trees; ++tree) {
-      const TokenInTree<T, Group> t(p, token, tree, group);
-      const int64_t leaf = p.leaf[t.offset(1)];
-      const A* gate = gates + t.offset(gates_per_tree());
-      for (int level = 0; p.weights.node_output && level < p.shape.levels; ++level) {
-        sum +=
-            gate[level] * static_cast<A>(t.node_output(p.shape.node_on_path(leaf, level))[column]);
-      }
-      for (int64_t j = 0; j < p.shape.leaf_width; ++j) {
-        sum += gate[p.shape.levels + j] * static_cast<A>(t.w2(leaf, j)[column]);
-      }
-      if (p.weights.b2) {
-        sum += static_cast<A>(t.b2(leaf)[column]);
-      }
-    }
-    return sum;
+  if (s.tokens > kFewTokens || first_level > 0) {
+    tree_forward_walk<T, 1, 1>(p, first_level, adds, 1, queue);
+  } else if (s.input_width * static_cast<int64_t>(sizeof(T)) > kWideRow) {
+    tree_forward_walk<T, 16, 2>(p, 0, false, kBlocks / s.tokens, queue);
+  } else {
+    tree_forward_walk<T, 16, 3>(p, 0, false, kBlocks / s.tokens, queue);
   }
-};
+}
+
+// `most_pairs` of a token and a tree at a time: it bounds the workspace, and lets their indices be
+// 32 bits wide.
+template <typename T, typename Queue>
+void tree_forward(const TreeForward& p, Queue& queue, int64_t most_pairs = int64_t(1) << 20) {
+  const int64_t at_once = std::max<int64_t>(most_pairs / p.shape.trees, 1);
+  for (int64_t first = 0; first < p.shape.tokens; first += at_once) {
+    const int64_t count = std::min(at_once, p.shape.tokens - first);
+    queue.scope([&] { tree_forward_of_part<T>(some_tokens<T>(p, first, count), queue); });
+  }
+}
+
+}  // namespace pipeline
 
 }  // namespace fff::cuda

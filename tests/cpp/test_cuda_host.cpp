@@ -1,87 +1,27 @@
-// The bodies of the CUDA kernels, run by threads of the host in place of a warp's lanes, against
-// the CPU kernels.
+// The CUDA kernels and pipelines, run on the host, against the CPU kernels.
 //
 // All numbers are small multiples of 1/4, so that scores are exact in every type and every order of
 // summation: both sides must take the same routes, ties included.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <gtest/gtest.h>
 
-#include <barrier>
 #include <cmath>
 #include <limits>
 #include <random>
 #include <sstream>
-#include <thread>
 #include <vector>
 
 #include "../../cuda/gated_activation.cuh"
 #include "../../cuda/leaf_mixture.cuh"
 #include "../../cuda/tree_backward.cuh"
-#include "../../cuda/tree_forward.cuh"
 #include "cpu/kernels.h"
+#include "cuda_host.h"
 
 namespace fff {
 namespace {
 
 using cuda::acc_t;
-
-// A kernel body's Group, of `size` host threads.
-class HostGroup {
- public:
-  struct Shared {
-    explicit Shared(int size) : barrier(size), values(size) {}
-    std::barrier<> barrier;
-    std::vector<double> values;
-  };
-
-  HostGroup(int lane, int size, Shared& shared) : lane(lane), size(size), shared_(shared) {}
-
-  template <typename A>
-  A sum(A value) const {
-    shared_.values[lane] = value;
-    sync();
-    A total = A(0);
-    for (double v : shared_.values) {
-      total += static_cast<A>(v);
-    }
-    sync();
-    return total;
-  }
-  void sync() const { shared_.barrier.arrive_and_wait(); }
-
-  const int lane;
-  const int size;
-
- private:
-  Shared& shared_;
-};
-
-template <typename Body>
-void for_each_item(const Body& body, int64_t items, int lanes) {
-  HostGroup::Shared shared(lanes);
-  std::vector<std::thread> threads;
-  for (int lane = 0; lane < lanes; ++lane) {
-    threads.emplace_back([&, lane] {
-      const HostGroup group(lane, lanes, shared);
-      for (int64_t item = 0; item < items; ++item) {
-        body(item, group);
-      }
-    });
-  }
-  for (std::thread& thread : threads) {
-    thread.join();
-  }
-}
-
-// One lane shows indexing, several show what is shared between lanes.
-constexpr int kGroupSizes[] = {1, 4};
-
-template <typename T>
-constexpr DType kDType = std::is_same_v<T, float>           ? DType::kFloat
-                         : std::is_same_v<T, double>        ? DType::kDouble
-                         : std::is_same_v<T, c10::BFloat16> ? DType::kBFloat16
-                                                            : DType::kHalf;
+using cuda::HostQueue;
+using cuda::kDType;
 
 template <typename T>
 constexpr double kTolerance = std::is_same_v<T, float>           ? 1e-5
@@ -300,48 +240,17 @@ struct TreeProblem {
 };
 
 template <typename T>
-void forward_on_host(const TreeForward& p, int lanes) {
-  using Body = cuda::ForwardToken<T>;
-  std::vector<acc_t<T>> gates(Body::gates_size(p));
-  for_each_item(Body{p, gates.data()}, p.shape.tokens, lanes);
-}
-
-template <typename T>
-void backward_on_host(const TreeBackward& p, int lanes) {
-  using Gates = cuda::GateGradients<acc_t<T>>;
-  std::vector<acc_t<T>> memory(Gates::size(p));
-  const Gates gates(p, memory.data());
-  for_each_item(cuda::BackwardToken<T>{p, gates}, p.forward.shape.tokens, lanes);
-  for (const cuda::BackwardRow<T>& rows : cuda::backward_rows<T>(p, gates)) {
-    for_each_item(rows, rows.items(lanes), lanes);
-  }
-}
-
-template <typename T>
-void check_forward(const TreeProblem<T>& problem, bool with_output = true) {
-  const auto expected = problem.run_forward(7, with_output, cpu::kernels().tree_forward);
-  for (int lanes : kGroupSizes) {
-    SCOPED_TRACE(lanes);
-    const auto got = problem.run_forward(
-        -7, with_output, [&](const TreeForward& p) { forward_on_host<T>(p, lanes); });
-    EXPECT_EQ(got.leaf, expected.leaf);
-    expect_close(got.scores, expected.scores, "scores");
-    expect_close(got.narrow, expected.narrow, "output");
-    expect_close(got.wide, expected.wide, "output");
-  }
-}
-
-template <typename T>
 void check_backward(TreeProblem<T>& problem, int64_t leaf_offset = 0) {
   auto routes = problem.run_forward(7, true, cpu::kernels().tree_forward);
   for (int64_t& leaf : routes.leaf) {
     leaf += leaf_offset;
   }
   const auto expected = problem.run_backward(7, routes, cpu::kernels().tree_backward);
-  for (int lanes : kGroupSizes) {
-    SCOPED_TRACE(lanes);
+  for (const cuda::Order order : cuda::kOrders) {
+    SCOPED_TRACE(static_cast<int>(order));
+    HostQueue queue(order);
     const auto got = problem.run_backward(
-        -7, routes, [&](const TreeBackward& p) { backward_on_host<T>(p, lanes); });
+        -7, routes, [&](const TreeBackward& p) { cuda::pipeline::tree_backward<T>(p, queue); });
     expect_close(got.narrow_x, expected.narrow_x, "grad_x");
     expect_close(got.wide_x, expected.wide_x, "grad_x");
     expect_close(got.node_weight, expected.node_weight, "grad_node_weight");
@@ -359,18 +268,6 @@ class CudaHost : public testing::Test {};
 using Types = testing::Types<float, double, c10::BFloat16, c10::Half>;
 TYPED_TEST_SUITE(CudaHost, Types);
 
-TYPED_TEST(CudaHost, TreeForward) {
-  for (const TreeCase& c : tree_cases()) {
-    SCOPED_TRACE(testing::Message() << c);
-    check_forward(TreeProblem<TypeParam>(c));
-  }
-}
-
-TYPED_TEST(CudaHost, TreeForwardOfRoutesOnly) {
-  check_forward(TreeProblem<TypeParam>({.levels = 3, .leaf_width = 2, .node_output = false}),
-                false);
-}
-
 TYPED_TEST(CudaHost, TreeBackward) {
   for (const TreeCase& c : tree_cases()) {
     SCOPED_TRACE(testing::Message() << c);
@@ -385,7 +282,6 @@ TYPED_TEST(CudaHost, TreeOfNaNAndInfinity) {
   problem.x[0] = std::numeric_limits<TypeParam>::quiet_NaN();
   problem.noise[5] = std::numeric_limits<A>::infinity();
   problem.noise[6] = -std::numeric_limits<A>::infinity();
-  check_forward(problem);
   check_backward(problem);
 }
 
@@ -398,7 +294,7 @@ TYPED_TEST(CudaHost, TreeBackwardStaysInsideForAnyLeaf) {
 TYPED_TEST(CudaHost, LeafMixture) {
   using T = TypeParam;
   const int64_t tokens = 5;
-  for (int depth : {0, 1, 5}) {
+  for (int depth : {0, 1, 2, 3, 5, 9, 12}) {
     SCOPED_TRACE(depth);
     const int64_t leaves = int64_t(1) << depth;
     auto logits = random_values<T>(tokens * (leaves - 1));
@@ -415,14 +311,15 @@ TYPED_TEST(CudaHost, LeafMixture) {
     p.grad_node_logits = grad_logits.data();
     cpu::kernels().leaf_mixture(p);
     cpu::kernels().leaf_mixture_backward(p);
-    for (int lanes : kGroupSizes) {
-      SCOPED_TRACE(lanes);
+    for (const cuda::Order order : cuda::kOrders) {
+      SCOPED_TRACE(static_cast<int>(order));
+      HostQueue queue(order);
       p.mixture = got_mixture.data();
-      for_each_item(cuda::MixtureToken<T>{p}, tokens, lanes);
+      cuda::pipeline::leaf_mixture<T>(p, queue);
       expect_close(got_mixture, mixture, "mixture");
       p.mixture = mixture.data();
       p.grad_node_logits = got_grad.data();
-      for_each_item(cuda::MixtureBackwardNode<T>{p}, tokens * (leaves - 1), lanes);
+      cuda::pipeline::leaf_mixture_backward<T>(p, queue);
       expect_close(got_grad, grad_logits, "grad_node_logits");
     }
   }
@@ -439,7 +336,8 @@ TYPED_TEST(CudaHost, LeafMixtureKeepsSmallSharesAndNaN) {
   p.mixture = expected.data();
   cpu::kernels().leaf_mixture(p);
   p.mixture = mixture.data();
-  for_each_item(cuda::MixtureToken<T>{p}, 3, 1);
+  HostQueue queue(cuda::Order::kForward);
+  cuda::pipeline::leaf_mixture<T>(p, queue);
   expect_close(mixture, expected, "mixture");
   const double small = std::exp(-16.0) / (1 + std::exp(-16.0));
   const double tolerance = std::is_same_v<T, c10::Half> ? 0.5 : 1e-2;  // subnormal in half
@@ -452,7 +350,7 @@ TYPED_TEST(CudaHost, GatedActivation) {
   const int64_t tokens = 5;
   for (Activation activation : {Activation::kIdentity, Activation::kRelu, Activation::kGelu,
                                 Activation::kGeluTanh, Activation::kSilu}) {
-    for (const auto& [leaves, leaf_width] : {std::pair{7, 1}, {1, 9}, {8, 3}}) {
+    for (const auto& [leaves, leaf_width] : {std::pair{7, 1}, {1, 9}, {8, 3}, {3, 64}, {2, 300}}) {
       SCOPED_TRACE(testing::Message() << "activation " << static_cast<int>(activation) << " leaves "
                                       << leaves << " leaf_width " << leaf_width);
       const int64_t size = tokens * leaves * leaf_width;
@@ -473,14 +371,15 @@ TYPED_TEST(CudaHost, GatedActivation) {
       p.grad_mixture = grad_mixture.data();
       cpu::kernels().gated_activation(p);
       cpu::kernels().gated_activation_backward(p);
-      for (int lanes : kGroupSizes) {
-        SCOPED_TRACE(lanes);
+      for (const cuda::Order order : cuda::kOrders) {
+        SCOPED_TRACE(static_cast<int>(order));
         std::vector<T> got(size, T(-7)), got_pre(size, T(-7)), got_mixture(tokens * leaves, T(-7));
         p.output = got.data();
         p.grad_pre = got_pre.data();
         p.grad_mixture = got_mixture.data();
-        for_each_item(cuda::GateToken<T>{p}, tokens, lanes);
-        for_each_item(cuda::GateBackwardLeaf<T>{p}, tokens * leaves, lanes);
+        HostQueue queue(order);
+        cuda::pipeline::gated_activation<T>(p, queue);
+        cuda::pipeline::gated_activation_backward<T>(p, queue);
         expect_close(got, output, "output");
         expect_close(got_pre, grad_pre, "grad_pre");
         expect_close(got_mixture, grad_mixture, "grad_mixture");

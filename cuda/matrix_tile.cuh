@@ -1,0 +1,216 @@
+// Products of a block's tile on the matrix units: 64 rows, which 4 warps share as 2 x 2, each with
+// 32 rows and half of the columns.
+//
+// Rows in shared memory are 16 bytes longer than their contents, so that the 8 rows that an
+// instruction reads lie in different banks.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fff::cuda {
+
+inline constexpr int kTileRows = 128;
+inline constexpr int kTileThreads = 256;
+inline constexpr int kRowPad = 16;  // bytes
+
+// Copies 16 bytes of a row of `width` elements, from element `column` on, to shared memory; what is
+// outside of the row, and a row that is null, reads as 0. Seen after a wait for copies and a
+// barrier.
+template <typename T>
+FFF_DEVICE void stage_chunk(unsigned char* shared, const T* row, int64_t column, int64_t width,
+                            bool aligned) {
+  const int64_t inside = row && column < width ? width - column : 0;
+  const int count = inside < kPerChunk<T> ? static_cast<int>(inside) : kPerChunk<T>;
+  if (aligned) {
+    copy_async(shared, count > 0 ? row + column : row, count * static_cast<int>(sizeof(T)));
+    return;
+  }
+  T* to = reinterpret_cast<T*>(shared);
+  for (int i = 0; i < kPerChunk<T>; ++i) {
+    to[i] = i < count ? row[column + i] : static_cast<T>(0.0f);
+  }
+}
+
+// Rows of one operand, which a thread helps to stage: 8 threads copy 128 bytes of a row at a time.
+template <typename T, int kRows>
+class StagedRows {
+ public:
+  static constexpr int kBytes = 128;
+  static constexpr int kPitch = kBytes + kRowPad;
+  static constexpr int kColumns = kBytes / static_cast<int>(sizeof(T));
+
+  // row_at(i): row i, or null.
+  template <typename RowAt>
+  FFF_DEVICE StagedRows(const RowAt& row_at, const void* array, int64_t width)
+      : width_(width), aligned_(is_aligned(array, width * static_cast<int64_t>(sizeof(T)))) {
+    FFF_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      rows_[i] = row_at(thread_index() / 8 + i * kStride);
+    }
+  }
+
+  FFF_DEVICE void stage(unsigned char* shared, int64_t column) const {
+    const int chunk = thread_index() % 8;
+    FFF_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      stage_chunk(shared + (thread_index() / 8 + i * kStride) * kPitch + chunk * 16, rows_[i],
+                  column + chunk * kPerChunk<T>, width_, aligned_);
+    }
+  }
+
+ private:
+  static constexpr int kStride = kTileThreads / 8;
+  static constexpr int kOwn = kRows / kStride;
+  static_assert(kRows % kStride == 0);
+
+  const T* rows_[kOwn];
+  int64_t width_;
+  bool aligned_;
+};
+
+// One warp's part of a tile of kColumns columns.
+template <typename T, int kColumns>
+class WarpTile {
+ public:
+  static constexpr int kWarpColumns = kColumns / 2;
+  static_assert(kWarpColumns % 16 == 0);
+
+  // += 32 bytes of each row of A times 32 bytes of each row of B, whose rows are columns here.
+  FFF_DEVICE void add_rows(const unsigned char* a, int a_pitch, const unsigned char* b,
+                           int b_pitch) {
+    const int lane = lane_index();
+    uint32_t fa[2][4];
+    load_a(fa, a, a_pitch);
+    FFF_UNROLL
+    for (int j = 0; j < kWarpColumns / 16; ++j) {
+      uint32_t fb[4];
+      load_matrices(
+          fb, b + (column() + j * 16 + lane % 8 + lane / 16 * 8) * b_pitch + lane / 8 % 2 * 16);
+      round(fb);
+      multiply(fa, fb, j);
+    }
+  }
+
+  // += 32 bytes of each row of A times as many rows of B.
+  FFF_DEVICE void add_columns(const unsigned char* a, int a_pitch, const unsigned char* b,
+                              int b_pitch) {
+    const int lane = lane_index();
+    uint32_t fa[2][4];
+    load_a(fa, a, a_pitch);
+    FFF_UNROLL
+    for (int j = 0; j < kWarpColumns / 16; ++j) {
+      uint32_t fb[4];
+      const int first = column() + j * 16;
+      if constexpr (sizeof(T) == 2) {
+        load_matrices_transposed(fb, b + lane % 16 * b_pitch + (first + lane / 16 * 8) * 2);
+      } else {
+        const unsigned char* from = b + lane % 4 * b_pitch + (first + lane / 4) * 4;
+        FFF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          fb[i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 4 * b_pitch + i / 2 * 8 * 4);
+        }
+      }
+      round(fb);
+      multiply(fa, fb, j);
+    }
+  }
+
+  // To [128, pitch] floats in shared memory.
+  FFF_DEVICE void store(float* to, int pitch) const {
+    const int lane = lane_index();
+    FFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      FFF_UNROLL
+      for (int j = 0; j < kWarpColumns / 8; ++j) {
+        FFF_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int r = row() + i * 16 + lane / 4 + e / 2 * 8;
+          to[r * pitch + column() + j * 8 + lane % 4 * 2 + e % 2] = sums_[i][j][e];
+        }
+      }
+    }
+  }
+
+ private:
+  FFF_DEVICE static int row() { return warp_index() / 2 * 32; }
+  FFF_DEVICE static int column() { return warp_index() % 2 * kWarpColumns; }
+
+  FFF_DEVICE static void round(uint32_t (&fragment)[4]) {
+    if constexpr (std::is_same_v<T, float>) {
+      FFF_UNROLL
+      for (uint32_t& bits : fragment) {
+        bits = round_to_tf32(bits);
+      }
+    }
+  }
+
+  FFF_DEVICE static void load_a(uint32_t (&fa)[2][4], const unsigned char* a, int pitch) {
+    const int lane = lane_index();
+    FFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      load_matrices(fa[i], a + (row() + i * 16 + lane % 16) * pitch + lane / 16 * 16);
+      round(fa[i]);
+    }
+  }
+
+  // Columns 16 j ... 16 j + 15.
+  FFF_DEVICE void multiply(const uint32_t (&fa)[2][4], const uint32_t (&fb)[4], int j) {
+    const uint32_t low[2] = {fb[0], fb[1]}, high[2] = {fb[2], fb[3]};
+    FFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      multiply_add<T>(sums_[i][2 * j], fa[i], low);
+      multiply_add<T>(sums_[i][2 * j + 1], fa[i], high);
+    }
+  }
+
+  float sums_[2][kWarpColumns / 8][4] = {};
+};
+
+// All dot products of 128 rows with kColumns rows.
+template <typename T, int kColumns>
+class DotTile {
+  using A = StagedRows<T, kTileRows>;
+  using B = StagedRows<T, kColumns>;
+  static constexpr int kStages = 3;
+  static constexpr int kStageBytes = (kTileRows + kColumns) * A::kPitch;
+
+ public:
+  static constexpr int kPitch = kColumns + 1;  // floats of a row of results: odd, for the banks
+  static constexpr int64_t kSharedBytes = kStages * kStageBytes;
+  static_assert(kTileRows * kPitch * sizeof(float) <= kSharedBytes);
+
+  // Leaves the results [128, kPitch] in `shared`, which has kSharedBytes, behind a barrier.
+  FFF_DEVICE static float* run(unsigned char* shared, const A& a, const B& b, int64_t width) {
+    const int64_t steps = (width + A::kColumns - 1) / A::kColumns;
+    const auto stage = [&](int64_t step) {
+      if (step < steps) {
+        unsigned char* to = shared + step % kStages * kStageBytes;
+        a.stage(to, step * A::kColumns);
+        b.stage(to + kTileRows * A::kPitch, step * A::kColumns);
+      }
+      commit_copies();
+    };
+    for (int step = 0; step < kStages - 1; ++step) {
+      stage(step);
+    }
+    WarpTile<T, kColumns> sums;
+    for (int64_t step = 0; step < steps; ++step) {
+      wait_for_copies<kStages - 2>();
+      sync_threads();  // the stage is here, and the one before it is free
+      stage(step + kStages - 1);
+      const unsigned char* from = shared + step % kStages * kStageBytes;
+      FFF_UNROLL
+      for (int k = 0; k < A::kBytes; k += 32) {
+        sums.add_rows(from + k, A::kPitch, from + kTileRows * A::kPitch + k, B::kPitch);
+      }
+    }
+    wait_for_copies<0>();
+    sync_threads();
+    float* results = reinterpret_cast<float*>(shared);
+    sums.store(results, kPitch);
+    sync_threads();
+    return results;
+  }
+};
+
+}  // namespace fff::cuda

@@ -1,0 +1,154 @@
+// Where an operator's kernels are queued. Its pipeline (which arrays it needs in between, which
+// kernels run in which order on how many blocks) is a function of a Queue, which has
+//   array<V>(count)                  memory of the operator's own, 256-byte aligned, undefined
+//   scope(f)                         calls f, whose arrays may be used again for what follows
+//   launch(kernel, blocks, shared)   the kernel on so many blocks with so many shared bytes
+//   exclusive_sum(values, count)     running sums of int32, in place
+// in order. None waits for the GPU: a pipeline can be captured into a CUDA graph.
+//
+// StreamQueue is a CUDA stream; SizingQueue tells how much memory a pipeline wants; the host's, for
+// tests, is in tests/cpp/cuda_host.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "device.cuh"
+#include "kernels.h"
+
+namespace fff::cuda {
+
+inline void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("torch_fff: ") + call + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Running sums in place by CUB, and the memory they take; in exclusive_sum.cu, for CUB compiles
+// slowly.
+int64_t exclusive_sum_bytes(int64_t count);
+void exclusive_sum(int32_t* values, int64_t count, void* scratch, cudaStream_t stream);
+
+template <typename Body>
+__global__ void __launch_bounds__(Body::kThreads, Body::kBlocksPerProcessor)
+    run_body(const __grid_constant__ Body body) {
+  body();
+}
+
+namespace detail {
+inline int64_t aligned(int64_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+}  // namespace detail
+
+class SizingQueue {
+ public:
+  template <typename V>
+  V* array(int64_t count) {
+    used_ += detail::aligned(count * static_cast<int64_t>(sizeof(V)));
+    bytes_ = std::max(bytes_, used_);
+    return nullptr;
+  }
+  template <typename F>
+  void scope(const F& f) {
+    const int64_t before = used_;
+    f();
+    used_ = before;
+  }
+  template <typename Body>
+  void launch(const Body&, int64_t, int64_t) {}
+  void exclusive_sum(int32_t*, int64_t count) {
+    scope([&] { array<unsigned char>(exclusive_sum_bytes(count)); });
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t used_ = 0;
+  int64_t bytes_ = 0;  // at most
+};
+
+class StreamQueue {
+ public:
+  StreamQueue(void* workspace, cudaStream_t stream)
+      : next_(static_cast<unsigned char*>(workspace)), stream_(stream) {}
+
+  template <typename V>
+  V* array(int64_t count) {
+    V* data = reinterpret_cast<V*>(next_);
+    next_ += detail::aligned(count * static_cast<int64_t>(sizeof(V)));
+    return data;
+  }
+  template <typename F>
+  void scope(const F& f) {
+    unsigned char* const before = next_;
+    f();
+    next_ = before;
+  }
+
+  template <typename Body>
+  void launch(const Body& body, int64_t blocks, int64_t shared) {
+    if (blocks == 0) {
+      return;
+    }
+    constexpr int64_t kGranted = 48 * 1024;  // more must be asked for
+    if (shared > kGranted) {
+      set(run_body<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      set(run_body<Body>, cudaFuncAttributePreferredSharedMemoryCarveout,
+          cudaSharedmemCarveoutMaxShared);
+    }
+    run_body<<<static_cast<unsigned>(blocks), Body::kThreads, static_cast<size_t>(shared),
+               stream_>>>(body);
+    check(cudaGetLastError(), "kernel launch");
+  }
+
+  void exclusive_sum(int32_t* values, int64_t count) {
+    scope([&] {
+      void* scratch = array<unsigned char>(exclusive_sum_bytes(count));
+      cuda::exclusive_sum(values, count, scratch, stream_);
+    });
+  }
+
+ private:
+  template <typename Kernel>
+  static void set(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+    check(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
+  }
+
+  unsigned char* next_;
+  cudaStream_t stream_;
+};
+
+// Calls f with a value of the type that dtype names.
+template <typename F>
+void dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat:
+      return f(float());
+    case DType::kDouble:
+      return f(double());
+    case DType::kBFloat16:
+      return f(__nv_bfloat16());
+    case DType::kHalf:
+      return f(__half());
+  }
+}
+
+// The operator whose pipeline is run(params, queue), a lambda without captures.
+template <typename Params, typename Run>
+constexpr Kernel<Params> kernel(Run) {
+  return {[](const Params& p) {
+            SizingQueue queue;
+            Run()(p, queue);
+            return queue.bytes();
+          },
+          [](const Params& p, void* workspace, cudaStream_t stream) {
+            StreamQueue queue(workspace, stream);
+            Run()(p, queue);
+          }};
+}
+
+}  // namespace fff::cuda
