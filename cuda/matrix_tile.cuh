@@ -1,4 +1,4 @@
-// Products of a block's tile on the matrix units: 64 rows, which 4 warps share as 2 x 2, each with
+// Products of a block's tile on the matrix units: 128 rows, which 8 warps share as 4 x 2, each with
 // 32 rows and half of the columns.
 //
 // Rows in shared memory are 16 bytes longer than their contents, so that the 8 rows that an
