@@ -13,6 +13,8 @@ from cases import make_case
 from tolerances import TOLERANCE, assert_close
 from torch_fff import functional
 
+pytestmark = pytest.mark.cpu
+
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 TREES = {
     "fff": {"levels": 5, "leaf_width": 9, "leaf_activation": "gelu"},
@@ -27,8 +29,6 @@ import sys
 import torch
 from cases import TreeCase
 from torch_fff import functional
-
-pytestmark = pytest.mark.cpu
 
 capability, inputs, outputs = sys.argv[1:]
 assert torch.backends.cpu.get_cpu_capability() == capability
