@@ -41,7 +41,7 @@ class Settings:
     """
 
     block: Block
-    steps: int = 1200
+    steps: int = 2400
     batch: int = 16
     length: int = 128
     width: int = 128
