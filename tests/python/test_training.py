@@ -98,7 +98,7 @@ def _ddp(rank, world_size, rendezvous, results):
     if rank == 0:
         torch.save(gradients(model), results)
     dist.destroy_process_group()
-    # Not through Python's own exit: it now and then aborts when a thread of torch still wants Python.
+    # Not by Python's own exit: it now and then aborts when a thread of torch still wants Python.
     os._exit(0)
 
 
