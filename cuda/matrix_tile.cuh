@@ -68,25 +68,29 @@ class StagedRows {
   bool aligned_;
 };
 
-// One warp's part of a tile of kColumns columns.
+// One warp's part of a tile of kColumns columns and 32 rows for every two warps. Floats are rounded
+// to tf32 or, `whole`, cut into two of them, of whose products all count but that of the small
+// parts: what is lost is rounding.
 template <typename T, int kColumns>
 class WarpTile {
  public:
   static constexpr int kWarpColumns = kColumns / 2;
   static_assert(kWarpColumns % 16 == 0);
 
+  FFF_DEVICE explicit WarpTile(bool whole = false) : whole_(whole) {}
+
   // += 32 bytes of each row of A times 32 bytes of each row of B, whose rows are columns here.
   FFF_DEVICE void add_rows(const unsigned char* a, int a_pitch, const unsigned char* b,
                            int b_pitch) {
     const int lane = lane_index();
-    uint32_t fa[2][4];
+    Fragment fa[2];
     load_a(fa, a, a_pitch);
     FFF_UNROLL
     for (int j = 0; j < kWarpColumns / 16; ++j) {
-      uint32_t fb[4];
-      load_matrices(
-          fb, b + (column() + j * 16 + lane % 8 + lane / 16 * 8) * b_pitch + lane / 8 % 2 * 16);
-      round(fb);
+      Fragment fb;
+      load_matrices(fb.bits, b + (column() + j * 16 + lane % 8 + lane / 16 * 8) * b_pitch +
+                                 lane / 8 % 2 * 16);
+      cut(fb);
       multiply(fa, fb, j);
     }
   }
@@ -94,28 +98,46 @@ class WarpTile {
   // += 32 bytes of each row of A times as many rows of B.
   FFF_DEVICE void add_columns(const unsigned char* a, int a_pitch, const unsigned char* b,
                               int b_pitch) {
-    const int lane = lane_index();
-    uint32_t fa[2][4];
+    Fragment fa[2];
     load_a(fa, a, a_pitch);
     FFF_UNROLL
     for (int j = 0; j < kWarpColumns / 16; ++j) {
-      uint32_t fb[4];
-      const int first = column() + j * 16;
-      if constexpr (sizeof(T) == 2) {
-        load_matrices_transposed(fb, b + lane % 16 * b_pitch + (first + lane / 16 * 8) * 2);
-      } else {
-        const unsigned char* from = b + lane % 4 * b_pitch + (first + lane / 4) * 4;
-        FFF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          fb[i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 4 * b_pitch + i / 2 * 8 * 4);
-        }
-      }
-      round(fb);
+      Fragment fb;
+      load_columns(fb, b, b_pitch, j);
       multiply(fa, fb, j);
     }
   }
 
-  // To [128, pitch] floats in shared memory.
+  // += of 32 bytes' worth of rows, A's transposed times B's.
+  FFF_DEVICE void add_outer(const unsigned char* a, int a_pitch, const unsigned char* b,
+                            int b_pitch) {
+    const int lane = lane_index();
+    Fragment fa[2];
+    FFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int first = row() + i * 16;
+      if constexpr (sizeof(T) == 2) {
+        load_matrices_transposed(
+            fa[i].bits, a + (lane % 8 + lane / 16 * 8) * a_pitch + (first + lane / 8 % 2 * 8) * 2);
+      } else {
+        const unsigned char* from = a + lane % 4 * a_pitch + (first + lane / 4) * 4;
+        FFF_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          fa[i].bits[j] =
+              *reinterpret_cast<const uint32_t*>(from + j / 2 * 4 * a_pitch + j % 2 * 8 * 4);
+        }
+      }
+      cut(fa[i]);
+    }
+    FFF_UNROLL
+    for (int j = 0; j < kWarpColumns / 16; ++j) {
+      Fragment fb;
+      load_columns(fb, b, b_pitch, j);
+      multiply(fa, fb, j);
+    }
+  }
+
+  // To [rows, pitch] floats in shared memory.
   FFF_DEVICE void store(float* to, int pitch) const {
     const int lane = lane_index();
     FFF_UNROLL
@@ -135,34 +157,79 @@ class WarpTile {
   FFF_DEVICE static int row() { return warp_index() / 2 * 32; }
   FFF_DEVICE static int column() { return warp_index() % 2 * kWarpColumns; }
 
-  FFF_DEVICE static void round(uint32_t (&fragment)[4]) {
+  struct Fragment {
+    uint32_t bits[4];
+    uint32_t rest[4];  // of floats that are cut
+  };
+
+  FFF_DEVICE void cut(Fragment& fragment) const {
     if constexpr (std::is_same_v<T, float>) {
       FFF_UNROLL
-      for (uint32_t& bits : fragment) {
-        bits = round_to_tf32(bits);
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = fragment.bits[i];
+        fragment.bits[i] = round_to_tf32(bits);
+        if (whole_) {
+          fragment.rest[i] = round_to_tf32(difference(bits, fragment.bits[i]));
+        }
       }
     }
   }
 
-  FFF_DEVICE static void load_a(uint32_t (&fa)[2][4], const unsigned char* a, int pitch) {
+  // Of floats. What is infinite leaves nothing.
+  FFF_DEVICE static uint32_t difference(uint32_t a, uint32_t b) {
+    float values[2];
+    std::memcpy(&values[0], &a, sizeof(float));
+    std::memcpy(&values[1], &b, sizeof(float));
+    const float rest = values[0] == values[1] ? 0.0f : values[0] - values[1];
+    std::memcpy(&a, &rest, sizeof(float));
+    return a;
+  }
+
+  FFF_DEVICE void load_a(Fragment (&fa)[2], const unsigned char* a, int pitch) const {
     const int lane = lane_index();
     FFF_UNROLL
     for (int i = 0; i < 2; ++i) {
-      load_matrices(fa[i], a + (row() + i * 16 + lane % 16) * pitch + lane / 16 * 16);
-      round(fa[i]);
+      load_matrices(fa[i].bits, a + (row() + i * 16 + lane % 16) * pitch + lane / 16 * 16);
+      cut(fa[i]);
     }
+  }
+
+  // Columns 16 j ... 16 j + 15 of rows of B.
+  FFF_DEVICE void load_columns(Fragment& fb, const unsigned char* b, int pitch, int j) const {
+    const int lane = lane_index();
+    const int first = column() + j * 16;
+    if constexpr (sizeof(T) == 2) {
+      load_matrices_transposed(fb.bits, b + lane % 16 * pitch + (first + lane / 16 * 8) * 2);
+    } else {
+      const unsigned char* from = b + lane % 4 * pitch + (first + lane / 4) * 4;
+      FFF_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        fb.bits[i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 4 * pitch + i / 2 * 8 * 4);
+      }
+    }
+    cut(fb);
   }
 
   // Columns 16 j ... 16 j + 15.
-  FFF_DEVICE void multiply(const uint32_t (&fa)[2][4], const uint32_t (&fb)[4], int j) {
-    const uint32_t low[2] = {fb[0], fb[1]}, high[2] = {fb[2], fb[3]};
+  FFF_DEVICE void multiply(const Fragment (&fa)[2], const Fragment& fb, int j) {
     FFF_UNROLL
     for (int i = 0; i < 2; ++i) {
-      multiply_add<T>(sums_[i][2 * j], fa[i], low);
-      multiply_add<T>(sums_[i][2 * j + 1], fa[i], high);
+      if constexpr (std::is_same_v<T, float>) {
+        if (whole_) {
+          multiply(i, j, fa[i].rest, fb.bits);
+          multiply(i, j, fa[i].bits, fb.rest);
+        }
+      }
+      multiply(i, j, fa[i].bits, fb.bits);
     }
   }
+  FFF_DEVICE void multiply(int i, int j, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+    multiply_add<T>(sums_[i][2 * j], a, first);
+    multiply_add<T>(sums_[i][2 * j + 1], a, second);
+  }
 
+  bool whole_;
   float sums_[2][kWarpColumns / 8][4] = {};
 };
 
@@ -179,8 +246,9 @@ class DotTile {
   static constexpr int64_t kSharedBytes = kStages * kStageBytes;
   static_assert(kTileRows * kPitch * sizeof(float) <= kSharedBytes);
 
-  // Leaves the results [128, kPitch] in `shared`, which has kSharedBytes, behind a barrier.
-  FFF_DEVICE static float* run(unsigned char* shared, const A& a, const B& b, int64_t width) {
+  // In registers; `shared`, which has kSharedBytes, is free again.
+  FFF_DEVICE static WarpTile<T, kColumns> sums(unsigned char* shared, const A& a, const B& b,
+                                               int64_t width, bool whole) {
     const int64_t steps = (width + A::kColumns - 1) / A::kColumns;
     const auto stage = [&](int64_t step) {
       if (step < steps) {
@@ -193,7 +261,7 @@ class DotTile {
     for (int step = 0; step < kStages - 1; ++step) {
       stage(step);
     }
-    WarpTile<T, kColumns> sums;
+    WarpTile<T, kColumns> sums(whole);
     for (int64_t step = 0; step < steps; ++step) {
       wait_for_copies<kStages - 2>();
       sync_threads();  // the stage is here, and the one before it is free
@@ -206,8 +274,14 @@ class DotTile {
     }
     wait_for_copies<0>();
     sync_threads();
+    return sums;
+  }
+
+  // Leaves the results [128, kPitch] in `shared`, behind a barrier.
+  FFF_DEVICE static float* run(unsigned char* shared, const A& a, const B& b, int64_t width,
+                               bool whole = false) {
     float* results = reinterpret_cast<float*>(shared);
-    sums.store(results, kPitch);
+    sums(shared, a, b, width, whole).store(results, kPitch);
     sync_threads();
     return results;
   }

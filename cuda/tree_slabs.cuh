@@ -288,7 +288,7 @@ struct OutputTile {
 
     stage_rows(0);
     store_gates(0);
-    WarpTile<T, kColumns> sums;
+    WarpTile<T, kColumns> sums(!p.allow_tf32);
     for (int part = 0; part < parts; ++part) {
       wait_for_copies<0>();
       sync_threads();  // the part is here, and the one before it is free
@@ -449,6 +449,23 @@ struct OutputTile {
 
 namespace pipeline {
 
+// The product with output rows, of the last grouping.
+template <typename T, int kSlots, typename Queue>
+void tree_output_slabs(const TreeForward& p, const Grouping& grouping, const Slabs& slabs,
+                       const T* hidden, Queue& queue) {
+  const TreeShape& s = p.shape;
+  // Each tree has its own groups, so that trees take turns to add to the output, unless all are at
+  // their roots still.
+  const int64_t together = grouping.level == 0 ? s.trees : 1;
+  for (int64_t tree = 0; tree < s.trees; tree += together) {
+    const int64_t first = grouping.tiles_before(tree);
+    const int64_t tiles = grouping.tiles_before(tree + 1) - first;
+    const OutputTile<T, kSlots> output = {p,     grouping, slabs,           hidden,
+                                          first, tree,     tree + together, tree > 0};
+    queue.launch(output, tiles * output.column_blocks(), output.kSharedBytes);
+  }
+}
+
 // The levels of the slabs that are used: their scores, the position after them as the leaf, and
 // what they and, if all are used, the leaf networks contribute to the output.
 template <typename T, int kSlots, typename Queue>
@@ -479,16 +496,7 @@ void tree_forward_slabs(const TreeForward& p, const Slabs& slabs, Queue& queue) 
   if (!networks && !(p.output && p.weights.node_output)) {
     return;
   }
-  // Each tree has its own groups, so that trees take turns to add to the output, unless all are at
-  // their roots still.
-  const int64_t together = grouping.level == 0 ? s.trees : 1;
-  for (int64_t tree = 0; tree < s.trees; tree += together) {
-    const int64_t first = grouping.tiles_before(tree);
-    const int64_t tiles = grouping.tiles_before(tree + 1) - first;
-    const OutputTile<T, kSlots> output = {p,     grouping, slabs,           hidden,
-                                          first, tree,     tree + together, tree > 0};
-    queue.launch(output, tiles * output.column_blocks(), output.kSharedBytes);
-  }
+  tree_output_slabs<T, kSlots>(p, grouping, slabs, hidden, queue);
 }
 
 // T: a float type of the matrix units; float means tf32.

@@ -1,0 +1,338 @@
+// Gradients of rows of weights that a group's pairs share: sums over the pairs of gate x vector, as
+// products [gates, pairs] x [pairs, width] on the matrix units.
+//
+// A range of up to 512 pairs of a group is one block's; the sums of longer groups are parts, which
+// a second kernel adds in order, so that a leaf that takes all tokens keeps no block busy for long.
+#pragma once
+
+#include "grouping.cuh"
+#include "matrix_tile.cuh"
+#include "tree_slabs.cuh"
+
+namespace fff::cuda {
+
+inline constexpr int kRangeTokens = 512;
+
+// The gates of a slab's nodes. A pair has one at each level.
+template <typename T>
+struct NodeGates {
+  static constexpr int kSlots = 1 << kSlabLevels<T>;  // of a block
+  TreeShape shape;
+  Grouping grouping;    // by the topmost nodes
+  int levels;           // of the slab
+  const int64_t* leaf;  // [tokens, trees]
+  const float* values;  // [tokens, trees, all levels]
+
+  FFF_HOST_DEVICE int64_t slots() const { return (int64_t(1) << levels) - 1; }
+  FFF_DEVICE int64_t row(int64_t group, int64_t slot) const {
+    return SlabNodes{shape, grouping.tree(group), grouping.position(group), grouping.level, levels}
+        .row(static_cast<int>(slot));
+  }
+
+  // Calls put(slot, gate) for those of a pair that are not 0 and lie in [first, end).
+  template <typename Put>
+  FFF_DEVICE void for_each(int64_t pair, int64_t first, int64_t end, const Put& put) const {
+    for (int below = 0; below < levels; ++below) {
+      const int level = grouping.level + below;
+      const int64_t position = leaf[pair] >> (shape.decisions - level);
+      const int64_t slot = (int64_t(1) << below) - 1 + (position & ((int64_t(1) << below) - 1));
+      if (slot >= first && slot < end) {
+        put(slot, static_cast<T>(values[pair * shape.levels + level]));
+      }
+    }
+  }
+};
+
+// The gates of the leaf networks' neurons, `width` of each leaf.
+template <typename T>
+struct LeafGates {
+  static constexpr int kSlots = kLeafColumns;
+  TreeShape shape;
+  Grouping grouping;  // by `unit` levels of leaves
+  int unit;
+  const int64_t* leaf;  // [tokens, trees]
+  const T* values;      // [tokens, trees, width]; null: all 1
+  int64_t width;
+
+  FFF_HOST_DEVICE int64_t slots() const { return width << unit; }
+  FFF_DEVICE int64_t row(int64_t group, int64_t slot) const { return group * slots() + slot; }
+
+  template <typename Put>
+  FFF_DEVICE void for_each(int64_t pair, int64_t first, int64_t end, const Put& put) const {
+    const int64_t own = (leaf[pair] & ((int64_t(1) << unit) - 1)) * width;
+    const int64_t last = own + width < end ? own + width : end;
+    for (int64_t slot = own > first ? own : first; slot < last; ++slot) {
+      put(slot, values ? values[pair * width + slot - own] : static_cast<T>(1.0f));
+    }
+  }
+};
+
+// Where sums over ranges lie until they are added. A group of more than one range has a part for
+// each: twice the number of the aligned 512 pairs in which the range begins, and 1 more for a
+// group's first. No two are the same: two ranges that begin in the same aligned 512 are the first
+// of a group and a later one of the group before.
+struct Parts {
+  float* rows;    // [parts, slots, width]
+  float* biases;  // [parts, slots]
+
+  static int64_t count(int64_t pairs) { return 2 * (pairs / kRangeTokens + 1); }
+  FFF_DEVICE static int64_t part(int64_t group_start, int64_t range) {
+    return 2 * (group_start / kRangeTokens + range) + (range == 0);
+  }
+};
+
+template <typename T, template <typename> typename Gates>
+struct RowGradients {
+  static constexpr int kSlots = Gates<T>::kSlots;
+  static constexpr int kThreads = 2 * kSlots;
+  static constexpr int kBlocksPerProcessor = sizeof(T) == 2 ? 4 : 3;
+  static constexpr int kTokens = kSlots;  // at a time
+  static constexpr int kRowBytes = 256;   // of vectors, at a time
+  static constexpr int kColumns = kRowBytes / static_cast<int>(sizeof(T));
+  // Half of a warp reads consecutive elements of two rows where it cannot read them transposed.
+  static constexpr int kPad = sizeof(T) == 2 ? kRowPad : 2 * kRowPad;
+  static constexpr int kPitch = kRowBytes + kPad;
+  static constexpr int kGatePitch = kSlots * static_cast<int>(sizeof(T)) + kPad;
+  static constexpr int kGateBytes = kTokens * kGatePitch;
+  static constexpr int kBufferBytes = kGateBytes + kTokens * kPitch;
+  static constexpr int kResultPitch = kColumns + 4;  // floats
+  static constexpr int64_t kSharedBytes = 2 * kBufferBytes;
+  static_assert(kSlots * kResultPitch * sizeof(float) <= kSharedBytes);
+  Gates<T> gates;
+  const T* vectors;  // [tokens, width]
+  int64_t width;
+  bool whole_floats;  // or rounded to tf32
+  bool adds;          // to what the outputs have
+  Parts parts;
+  // outputs, each null when not wanted
+  float* gradient;  // [rows, width]
+  float* bias;      // [rows]
+
+  FFF_HOST_DEVICE int64_t slot_blocks() const { return (gates.slots() + kSlots - 1) / kSlots; }
+  FFF_HOST_DEVICE int64_t column_blocks() const {
+    return width > 0 ? (width + kColumns - 1) / kColumns : 1;
+  }
+  int64_t blocks() const {
+    return gates.grouping.template tiles<kRangeTokens>() * slot_blocks() * column_blocks();
+  }
+
+  FFF_DEVICE void operator()() const {
+    const int64_t column = block_index() % column_blocks() * kColumns;
+    const int64_t first_slot = block_index() / column_blocks() % slot_blocks() * kSlots;
+    const Tile range = gates.grouping.template tile<kRangeTokens>(
+        block_index() / (column_blocks() * slot_blocks()));
+    if (range.count == 0) {
+      return;
+    }
+    unsigned char* const shared = shared_memory();
+    const int steps = (range.count + kTokens - 1) / kTokens;
+    const bool aligned = is_aligned(vectors, width * static_cast<int64_t>(sizeof(T)));
+    const auto gates_of = [&](int step) { return shared + step % 2 * kBufferBytes; };
+    const auto stage = [&](int step) {
+      stage_vectors(range, step, column, aligned, gates_of(step) + kGateBytes);
+      commit_copies();
+    };
+
+    stage(0);
+    store_gates(range, 0, first_slot, gates_of(0));
+    WarpTile<T, kColumns> sums(whole_floats);
+    float bias_sum = 0.0f;
+    for (int step = 0; step < steps; ++step) {
+      wait_for_copies<0>();
+      sync_threads();  // the step is here, and the one before it is free
+      if (step + 1 < steps) {
+        stage(step + 1);
+      }
+      const unsigned char* const from = gates_of(step);
+      constexpr int kRows = 32 / static_cast<int>(sizeof(T));
+      FFF_UNROLL
+      for (int k = 0; k < kTokens / kRows; ++k) {
+        sums.add_outer(from + k * kRows * kGatePitch, kGatePitch,
+                       from + kGateBytes + k * kRows * kPitch, kPitch);
+      }
+      if (bias && column == 0 && thread_index() < kSlots) {
+        bias_sum += sum_of_gates(from);
+      }
+      if (step + 1 < steps) {
+        store_gates(range, step + 1, first_slot, gates_of(step + 1));
+      }
+    }
+    sync_threads();
+    float* const results = reinterpret_cast<float*>(shared);
+    sums.store(results, kResultPitch);
+    sync_threads();
+    write(range, first_slot, column, results, bias_sum);
+  }
+
+ private:
+  FFF_DEVICE void stage_vectors(const Tile& range, int step, int64_t column, bool aligned,
+                                unsigned char* to) const {
+    constexpr int kChunks = kRowBytes / 16;
+    constexpr int kStride = kThreads / kChunks;
+    const int chunk = thread_index() % kChunks;
+    FFF_UNROLL_BY_4
+    for (int i = 0; i < kTokens / kStride; ++i) {
+      const int row = thread_index() / kChunks + i * kStride;
+      const int pair = step * kTokens + row;
+      const bool present = pair < range.count;
+      const int64_t token = present ? gates.grouping.token(range.first + pair) : 0;
+      stage_chunk(to + row * kPitch + chunk * 16, row_or_null<T>(vectors, token, width, present),
+                  column + chunk * kPerChunk<T>, width, aligned);
+    }
+  }
+
+  // Two threads have one pair's gates.
+  FFF_DEVICE void store_gates(const Tile& range, int step, int64_t first_slot,
+                              unsigned char* to) const {
+    constexpr int kOwn = kSlots / 2;
+    const int row = thread_index() / 2;
+    T* const own = reinterpret_cast<T*>(to + row * kGatePitch) + thread_index() % 2 * kOwn;
+    FFF_UNROLL
+    for (int i = 0; i < kOwn; i += kPerChunk<T>) {
+      store_chunk(own + i, Chunk{});
+    }
+    const int in_range = step * kTokens + row;
+    if (in_range >= range.count) {
+      return;
+    }
+    const int64_t token = gates.grouping.token(range.first + in_range);
+    const int64_t pair = token * gates.shape.trees + gates.grouping.tree(range.group);
+    const int64_t first = first_slot + thread_index() % 2 * kOwn;
+    gates.for_each(pair, first, first + kOwn,
+                   [&](int64_t slot, T gate) { own[slot - first] = gate; });
+  }
+
+  FFF_DEVICE float sum_of_gates(const unsigned char* from) const {
+    float sum = 0.0f;
+    for (int row = 0; row < kTokens; ++row) {
+      sum +=
+          static_cast<float>(reinterpret_cast<const T*>(from + row * kGatePitch)[thread_index()]);
+    }
+    return sum;
+  }
+
+  // Of this block's slot i, in the gradient or among parts.
+  FFF_DEVICE void write(const Tile& range, int64_t first_slot, int64_t column, const float* results,
+                        float bias_sum) const {
+    const int64_t start = gates.grouping.start(range.group);
+    const bool whole = gates.grouping.start(range.group + 1) - start <= kRangeTokens;
+    const int64_t part = Parts::part(start, range.in_group);
+    const auto row_of = [&](int slot) {
+      return whole ? gates.row(range.group, first_slot + slot)
+                   : part * gates.slots() + first_slot + slot;
+    };
+    const int64_t left = gates.slots() - first_slot;
+    const int slots = left < kSlots ? static_cast<int>(left) : kSlots;
+    float* const rows = whole ? gradient : parts.rows;
+    for (int i = thread_index(); gradient && i < slots * kColumns; i += kThreads) {
+      const int slot = i / kColumns, own = i % kColumns;
+      if (column + own < width) {
+        float& to = rows[row_of(slot) * width + column + own];
+        to = results[slot * kResultPitch + own] + (whole && adds ? to : 0.0f);
+      }
+    }
+    if (bias && column == 0 && thread_index() < slots) {
+      float& to = (whole ? bias : parts.biases)[row_of(thread_index())];
+      to = bias_sum + (whole && adds ? to : 0.0f);
+    }
+  }
+};
+
+// The sums over ranges of one group become those over the group; a block has 8 slots and 128
+// columns of the group of several ranges, if there is one, that begins in its aligned 512 pairs.
+template <typename Gates>
+struct SumParts {
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerProcessor = 8;
+  static constexpr int kOwnSlots = 8;
+  Gates gates;
+  int64_t width;
+  bool adds;
+  Parts parts;
+  float* gradient;
+  float* bias;
+
+  FFF_HOST_DEVICE int64_t slot_blocks() const {
+    return (gates.slots() + kOwnSlots - 1) / kOwnSlots;
+  }
+  FFF_HOST_DEVICE int64_t column_blocks() const {
+    return width > 0 ? (width + kThreads - 1) / kThreads : 1;
+  }
+  int64_t blocks() const {
+    const int64_t starts = gates.grouping.pairs() / kRangeTokens + 1;
+    return starts * slot_blocks() * column_blocks();
+  }
+
+  FFF_DEVICE void operator()() const {
+    const int64_t column = block_index() % column_blocks() * kThreads + thread_index();
+    const int64_t first_slot = block_index() / column_blocks() % slot_blocks() * kOwnSlots;
+    const int64_t begin = block_index() / (column_blocks() * slot_blocks()) * kRangeTokens;
+    const Grouping& grouping = gates.grouping;
+    const int64_t group =
+        grouping.last_group([&](int64_t g) { return grouping.start(g) < begin + kRangeTokens; });
+    const int64_t start = grouping.start(group), count = grouping.start(group + 1) - start;
+    if (start < begin || start >= begin + kRangeTokens || count <= kRangeTokens) {
+      return;
+    }
+    const int64_t ranges = (count + kRangeTokens - 1) / kRangeTokens;
+    const int64_t left = gates.slots() - first_slot;
+    const int slots = left < kOwnSlots ? static_cast<int>(left) : kOwnSlots;
+    if (gradient && column < width) {
+      float sums[kOwnSlots] = {};
+      for (int64_t range = 0; range < ranges; ++range) {
+        const float* from =
+            parts.rows + (Parts::part(start, range) * gates.slots() + first_slot) * width + column;
+        FFF_UNROLL
+        for (int i = 0; i < kOwnSlots; ++i) {
+          sums[i] += i < slots ? from[i * width] : 0.0f;
+        }
+      }
+      FFF_UNROLL
+      for (int i = 0; i < kOwnSlots; ++i) {
+        if (i < slots) {
+          float& to = gradient[gates.row(group, first_slot + i) * width + column];
+          to = sums[i] + (adds ? to : 0.0f);
+        }
+      }
+    }
+    if (bias && column < slots) {
+      float sum = 0.0f;
+      for (int64_t range = 0; range < ranges; ++range) {
+        sum += parts.biases[Parts::part(start, range) * gates.slots() + first_slot + column];
+      }
+      float& to = bias[gates.row(group, first_slot + column)];
+      to = sum + (adds ? to : 0.0f);
+    }
+  }
+};
+
+namespace pipeline {
+
+// Of all groups; rows of groups without pairs are left alone.
+template <typename T, template <typename> typename Gates, typename Queue>
+void row_gradients(const Gates<T>& gates, const void* vectors, int64_t width, bool whole_floats,
+                   bool adds, void* gradient, void* bias, Queue& queue) {
+  if (!gradient && !bias) {
+    return;
+  }
+  queue.scope([&] {
+    const int64_t rows = Parts::count(gates.grouping.pairs()) * gates.slots();
+    float* const part_rows = queue.template array<float>(gradient ? rows * width : 0);
+    float* const part_biases = queue.template array<float>(bias ? rows : 0);
+    const RowGradients<T, Gates> sums = {gates,
+                                         static_cast<const T*>(vectors),
+                                         width,
+                                         whole_floats,
+                                         adds,
+                                         {part_rows, part_biases},
+                                         static_cast<float*>(gradient),
+                                         static_cast<float*>(bias)};
+    queue.launch(sums, sums.blocks(), sums.kSharedBytes);
+    const SumParts<Gates<T>> whole = {gates, width, adds, sums.parts, sums.gradient, sums.bias};
+    queue.launch(whole, whole.blocks(), 0);
+  });
+}
+
+}  // namespace pipeline
+
+}  // namespace fff::cuda
