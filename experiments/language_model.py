@@ -62,6 +62,7 @@ def tree(layer: str, **options: Any) -> TreeBlock:
 FOUR_TREES = {"depth": 7, "parallel_size": 4}
 LEVEL_BASE = {**FOUR_TREES, "shared_level_base": True}
 LEAF_BASE = {"leaf_width": 10, "depth": 6, "parallel_size": 2, "shared_leaf_base": True}
+ONE_TREE = {"leaf_width": 27, "depth": 5, "shared_leaf_base": True}
 STRAIGHT_THROUGH = {"routing_gradient": "straight_through"}
 
 CELLS: dict[str, Settings] = {
@@ -73,7 +74,8 @@ CELLS: dict[str, Settings] = {
     "UltraFFF 4x7, shared base, straight-through": Settings(
         tree("UltraFFF", **LEVEL_BASE, **STRAIGHT_THROUGH), tree_lr_scale=0.2
     ),
-    "FFF 2x l=10 d=6, shared base": Settings(tree("FFF", **LEAF_BASE), tree_lr_scale=0.2),
+    "FFF 2x l=10 d=6, shared base": Settings(tree("FFF", **LEAF_BASE), tree_lr_scale=0.4),
+    "FFF l=27 d=5, shared base": Settings(tree("FFF", **ONE_TREE), tree_lr_scale=0.4),
     "top-1 of 32 experts of 32": Settings(ExpertsBlock(32, 32, active=1), tree_lr_scale=0.4),
     "top-2 of 64 experts of 16": Settings(ExpertsBlock(64, 16, active=2), tree_lr_scale=0.4),
 }
