@@ -25,9 +25,7 @@ _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 _TENSOR_CORES = re.compile(r"\b(?:[HIQDB]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
 
 # Kernels that may use local memory, by a part of their names, and the reason.
-MAY_USE_LOCAL_MEMORY = {
-    "BackwardRow<": "one value of 64 bits, stored once and loaded once",
-}
+MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ FAMILIES: dict[str, tuple[Leaves | Neurons, ...]] = {
         *(with_outputs(8, 4), with_outputs(16, 3)),
     ),
     "K FFF": (
-        *(plain(4, 4, 2), plain(8, 4, 2), plain(12, 4, 2), plain(4, 3, 4), plain(4, 4, 4)),
-        *(plain(8, 4, 4), plain(2, 2, 8), plain(4, 4, 8)),
+        *(plain(4, 4, 2), plain(8, 4, 2), plain(12, 4, 2), plain(4, 3, 4)),
+        *(plain(5, 3, 4), plain(4, 4, 4), plain(8, 4, 4), plain(2, 2, 8), plain(4, 4, 8)),
     ),
     "K FFF, node outputs": (
         *(with_outputs(1, 4, 2), with_outputs(1, 7, 2), with_outputs(1, 4, 4)),
