@@ -85,7 +85,7 @@ template <typename T, template <typename> typename Gates>
 struct RowGradients {
   static constexpr int kSlots = Gates<T>::kSlots;
   static constexpr int kThreads = 2 * kSlots;
-  static constexpr int kBlocksPerProcessor = sizeof(T) == 2 ? 4 : 3;
+  static constexpr int kBlocksPerProcessor = 3;
   static constexpr int kTokens = kSlots;  // at a time
   static constexpr int kRowBytes = 256;   // of vectors, at a time
   static constexpr int kColumns = kRowBytes / static_cast<int>(sizeof(T));
@@ -243,7 +243,7 @@ struct RowGradients {
 template <typename Gates>
 struct SumParts {
   static constexpr int kThreads = 128;
-  static constexpr int kBlocksPerProcessor = 8;
+  static constexpr int kBlocksPerProcessor = 4;
   static constexpr int kOwnSlots = 8;
   Gates gates;
   int64_t width;
