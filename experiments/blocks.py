@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_fff import FFF, UltraFFF
 
+from .gated import GatedTree
 from .moe import Experts
 
 
@@ -28,7 +29,7 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class TreeBlock:
-    """layer: "FFF" or "UltraFFF". options: its arguments, but widths and activation."""
+    """layer: "FFF", "UltraFFF" or "GatedTree". options: of it, but widths and activation."""
 
     layer: str
     options: dict[str, Any]
@@ -51,7 +52,8 @@ class TreeBlock:
         if self.layer == "UltraFFF":
             return UltraFFF(width, width, activation="gelu", **self.options)
         options = {"activation": "gelu", "train_hardened": True, **self.options}
-        return FFF(width, output_width=width, **options)
+        kind = GatedTree if self.layer == "GatedTree" else FFF
+        return kind(width, output_width=width, **options)
 
     def _on_meta(self) -> FFF | UltraFFF:
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from examples import text
@@ -20,7 +20,8 @@ from torch_fff import recipes
 
 from .blocks import Block, DenseBlock, ExpertsBlock, TreeBlock, put_into
 from .experiment import Cell, Experiment, Figures
-from .moe import balance_loss
+from .gated import GatedTree
+from .moe import Experts
 from .plots import figures, legend, save
 from .results import Results
 from .tables import markdown, origin
@@ -28,7 +29,7 @@ from .training import parameters
 
 EVERY = 100  # steps between two validations
 WINDOWS = 256  # of validation
-BALANCE = 0.01  # weight of the mixtures' load balance, as in arXiv 2101.03961
+BALANCE = 0.01  # weight of the load balance of experts and gated trees, as in arXiv 2101.03961
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ FOUR_TREES = {"depth": 7, "parallel_size": 4}
 LEVEL_BASE = {**FOUR_TREES, "shared_level_base": True}
 LEAF_BASE = {"leaf_width": 10, "depth": 6, "parallel_size": 2, "shared_leaf_base": True}
 ONE_TREE = {"leaf_width": 27, "depth": 5, "shared_leaf_base": True}
+GATED = {"leaf_width": 27, "depth": 5, "slope": 3.0}
+WIDER_LEAVES = {"leaf_width": 59, "depth": 4, "shared_leaf_base": True}
 STRAIGHT_THROUGH = {"routing_gradient": "straight_through"}
 
 CELLS: dict[str, Settings] = {
@@ -76,6 +79,11 @@ CELLS: dict[str, Settings] = {
     ),
     "FFF 2x l=10 d=6, shared base": Settings(tree("FFF", **LEAF_BASE), tree_lr_scale=0.4),
     "FFF l=27 d=5, shared base": Settings(tree("FFF", **ONE_TREE), tree_lr_scale=0.4),
+    "gated tree l=27 d=5": Settings(
+        tree("GatedTree", **GATED), tree_lr_scale=0.4, node_lr_scale=2.5
+    ),
+    # As many rows a token as a mixture with its router's 32, and as many parameters.
+    "FFF l=59 d=4, shared base": Settings(tree("FFF", **WIDER_LEAVES), tree_lr_scale=0.4),
     "top-1 of 32 experts of 32": Settings(ExpertsBlock(32, 32, active=1), tree_lr_scale=0.4),
     "top-2 of 64 experts of 16": Settings(ExpertsBlock(64, 16, active=2), tree_lr_scale=0.4),
 }
@@ -137,6 +145,12 @@ def build(settings: Settings) -> nn.Module:
     model = LanguageModel(s.width, s.heads, s.layers, s.length, neurons=1)
     put_into(model, s.block)
     return model
+
+
+def balance_loss(model: nn.Module) -> Tensor | float:
+    """Sum over a model's mixtures and gated trees after a training forward; 0 without any."""
+    kinds = Experts | GatedTree
+    return sum((part.balance_loss for part in model.modules() if isinstance(part, kinds)), 0.0)
 
 
 @torch.inference_mode()

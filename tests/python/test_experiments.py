@@ -16,8 +16,9 @@ from examples.text import Text
 from experiments import classification, fashion_mnist, language_model
 from experiments.blocks import DenseBlock, ExpertsBlock, TreeBlock
 from experiments.experiment import Cell, Experiment
+from experiments.gated import GatedTree
 from experiments.layers import Dense, Leaves, Neurons
-from experiments.moe import Experts, balance_loss
+from experiments.moe import Experts
 from experiments.registry import EXPERIMENTS
 from experiments.results import Record
 from experiments.runner import in_process, missing, run
@@ -324,8 +325,8 @@ def test_load_balance_of_experts():
     layer(x)
     mean = torch.softmax(x, -1).mean(0)
     assert_close(layer.balance_loss, 4 * (mean[0] * 2 / 3 + mean[2] / 3))
-    assert balance_loss(nn.Sequential(layer, nn.ReLU())) == layer.balance_loss
-    assert balance_loss(nn.ReLU()) == 0
+    assert language_model.balance_loss(nn.Sequential(layer, nn.ReLU())) == layer.balance_loss
+    assert language_model.balance_loss(nn.ReLU()) == 0
 
     layer(50 * torch.eye(4))
     assert_close(layer.balance_loss, torch.tensor(1.0))
@@ -333,6 +334,41 @@ def test_load_balance_of_experts():
     assert_close(layer.balance_loss, torch.tensor(4.0))
     with pytest.raises(ValueError, match="active: expected 1 to 4"):
         Experts(4, 2, 3, experts=4, active=5)
+
+
+@pytest.mark.parametrize("tokens", [(40,), (2, 3), (1,), (0,)])
+def test_gated_trees_equal_their_dense_definition(tokens):
+    layer = GatedTree(6, 3, 4, 2, activation="gelu", slope=3.0).double()
+    x = torch.randn(*tokens, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(*tokens, 4, dtype=torch.float64)
+    inputs = {"x": x, **dict(layer.named_parameters())}
+
+    def dense(x):
+        """Every leaf for every token, those not reached with a gate of 0."""
+        score = x @ layer.node_weights.T + layer.node_biases
+        right = torch.sigmoid(3.0 * score)
+        below = [torch.stack([1 - right[..., n], right[..., n]], -1) for n in (1, 2)]
+        mixture = torch.cat([(1 - right[..., :1]) * below[0], right[..., :1] * below[1]], -1)
+        rounded = (score >= 0).long()
+        leaf = 2 * rounded[..., 0] + torch.where(
+            score[..., 0] < 0, rounded[..., 1], rounded[..., 2]
+        )
+        gate = mixture * nn.functional.one_hot(leaf, 4)
+        hidden = nn.functional.gelu(torch.einsum("...i,eli->...el", x, layer.w1) + layer.b1)
+        output = torch.einsum("...el,elo->...eo", hidden, layer.w2) + layer.b2
+        counts = nn.functional.one_hot(leaf.flatten(), 4).sum(0)
+        count = max(counts.sum().item(), 1)
+        balance = 4 * (counts * mixture.flatten(0, -2).sum(0)).sum() / count**2
+        return (gate.unsqueeze(-1) * output).sum(-2), balance
+
+    results = []
+    for function in (lambda x: (layer(x), language_model.balance_loss(layer)), dense):
+        y, balance = function(x)
+        loss = (weight * y).sum() + balance
+        results.append([y, balance, *torch.autograd.grad(loss, list(inputs.values()))])
+    for name, ours, expected in zip(("y", "balance", *inputs), *results, strict=True):
+        assert_close(ours, expected, name=name)
+    assert_close(layer.eval()(x), results[0][0])
 
 
 @pytest.mark.parametrize("cell", language_model.CELLS)
@@ -362,6 +398,7 @@ def test_blocks_have_the_widths_they_claim(cell):
         ),
         (TreeBlock("UltraFFF", {"depth": 2, "shared_level_base": True}), {"tree_lr_scale": 0.2}),
         (TreeBlock("FFF", {"depth": 2, "leaf_width": 2, "shared_leaf_base": True}), {}),
+        (TreeBlock("GatedTree", {"depth": 2, "leaf_width": 2, "slope": 3.0}), {}),
     ],
 )
 def test_language_models_learn(monkeypatch, block, more):
