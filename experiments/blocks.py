@@ -51,9 +51,10 @@ class TreeBlock:
     def build(self, width: int) -> FFF | UltraFFF:
         if self.layer == "UltraFFF":
             return UltraFFF(width, width, activation="gelu", **self.options)
+        if self.layer == "GatedTree":
+            return GatedTree(width, output_width=width, activation="gelu", **self.options)
         options = {"activation": "gelu", "train_hardened": True, **self.options}
-        kind = GatedTree if self.layer == "GatedTree" else FFF
-        return kind(width, output_width=width, **options)
+        return FFF(width, output_width=width, **options)
 
     def _on_meta(self) -> FFF | UltraFFF:
         with torch.device("meta"):

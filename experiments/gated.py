@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,30 +14,34 @@ class GatedTree(FFF):
 
     y = p(x) leaf(x), with p the product of sigmoid(slope |s|) over the scores s of the path: that
     of the leaf in the soft tree of the same slope. Decisions learn through p alone, so that no
-    other leaf is evaluated.
-
-    A training forward leaves ``balance_loss`` (torch_fff.losses.leaf_balance_loss), with the
-    gradient of all nodes: 1 when balanced, ``n_leaves`` when one leaf gets every token.
+    other leaf is evaluated, and from the balance of the leaves
+    (torch_fff.losses.leaf_balance_loss), of weight ``balance``, with the gradient of all nodes.
 
     Shape: [..., in] -> [..., out].
     """
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        output, scores, _ = functional.tree(
-            x,
-            self.node_weights,
-            self.node_biases,
-            None,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
-            leaf_activation=self.activation,
-        )
-        if self.training:
-            logits = F.linear(x, self.node_weights, self.node_biases)
-            mixture = functional.leaf_mixture(self.slope * logits)
-            self.balance_loss = losses.leaf_balance_loss(mixture.unsqueeze(-2))
+    def __init__(
+        self,
+        input_width: int,
+        leaf_width: int,
+        output_width: int,
+        depth: int,
+        activation: str,
+        *,
+        slope: float = 1.0,
+        balance: float = 0.01,  # as that of the mixtures of experts
+    ) -> None:
+        sizes = input_width, leaf_width, output_width, depth
+        super().__init__(*sizes, activation, train_hardened=True, slope=slope, balance=balance)
+
+    def _hard(self, x: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        weights = self._tree_weights()
+        output, scores, _ = functional.tree(x, *weights, leaf_activation=self.activation)
         # The tree turns right at a score of 0 or more, so that |s| is the score of the side taken.
         path = F.logsigmoid(self.slope * scores.abs()).sum((-2, -1)).exp()
-        return path.unsqueeze(-1).to(output.dtype) * output
+        output = path.unsqueeze(-1).to(output.dtype) * output
+        if not (self.training and self.balance):
+            return output, None, None
+        logits = F.linear(x, self.node_weights, self.node_biases)
+        mixture = functional.leaf_mixture(self.slope * logits)
+        return output, None, losses.leaf_balance_loss(mixture.unsqueeze(-2))

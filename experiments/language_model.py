@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from examples import text
@@ -20,8 +20,7 @@ from torch_fff import recipes
 
 from .blocks import Block, DenseBlock, ExpertsBlock, TreeBlock, put_into
 from .experiment import Cell, Experiment, Figures
-from .gated import GatedTree
-from .moe import Experts
+from .moe import balance_loss
 from .plots import figures, legend, save
 from .results import Results
 from .tables import markdown, origin
@@ -29,7 +28,7 @@ from .training import parameters
 
 EVERY = 100  # steps between two validations
 WINDOWS = 256  # of validation
-BALANCE = 0.01  # weight of the load balance of experts and gated trees, as in arXiv 2101.03961
+BALANCE = 0.01  # weight of the mixtures' load balance, as in arXiv 2101.03961
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,6 @@ def build(settings: Settings) -> nn.Module:
     model = LanguageModel(s.width, s.heads, s.layers, s.length, neurons=1)
     put_into(model, s.block)
     return model
-
-
-def balance_loss(model: nn.Module) -> Tensor | float:
-    """Sum over a model's mixtures and gated trees after a training forward; 0 without any."""
-    kinds = Experts | GatedTree
-    return sum((part.balance_loss for part in model.modules() if isinstance(part, kinds)), 0.0)
 
 
 @torch.inference_mode()

@@ -86,6 +86,12 @@ def _blocks(choices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return slot, expert
 
 
+def balance_loss(model: nn.Module) -> Tensor | float:
+    """Sum over the mixtures of a model after a training forward; 0 without any."""
+    mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+    return sum((mixture.balance_loss for mixture in mixtures), 0.0)
+
+
 def _uniform(fan_in: int, *shape: int) -> nn.Parameter:
     """In +-1 / sqrt(fan-in), as the weights of the other layers."""
     bound = 1 / math.sqrt(fan_in)

@@ -18,7 +18,7 @@ from experiments.blocks import DenseBlock, ExpertsBlock, TreeBlock
 from experiments.experiment import Cell, Experiment
 from experiments.gated import GatedTree
 from experiments.layers import Dense, Leaves, Neurons
-from experiments.moe import Experts
+from experiments.moe import Experts, balance_loss
 from experiments.registry import EXPERIMENTS
 from experiments.results import Record
 from experiments.runner import in_process, missing, run
@@ -325,8 +325,8 @@ def test_load_balance_of_experts():
     layer(x)
     mean = torch.softmax(x, -1).mean(0)
     assert_close(layer.balance_loss, 4 * (mean[0] * 2 / 3 + mean[2] / 3))
-    assert language_model.balance_loss(nn.Sequential(layer, nn.ReLU())) == layer.balance_loss
-    assert language_model.balance_loss(nn.ReLU()) == 0
+    assert balance_loss(nn.Sequential(layer, nn.ReLU())) == layer.balance_loss
+    assert balance_loss(nn.ReLU()) == 0
 
     layer(50 * torch.eye(4))
     assert_close(layer.balance_loss, torch.tensor(1.0))
@@ -338,7 +338,7 @@ def test_load_balance_of_experts():
 
 @pytest.mark.parametrize("tokens", [(40,), (2, 3), (1,), (0,)])
 def test_gated_trees_equal_their_dense_definition(tokens):
-    layer = GatedTree(6, 3, 4, 2, activation="gelu", slope=3.0).double()
+    layer = GatedTree(6, 3, 4, 2, "gelu", slope=3.0, balance=1.0).double()
     x = torch.randn(*tokens, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(*tokens, 4, dtype=torch.float64)
     inputs = {"x": x, **dict(layer.named_parameters())}
@@ -361,14 +361,14 @@ def test_gated_trees_equal_their_dense_definition(tokens):
         balance = 4 * (counts * mixture.flatten(0, -2).sum(0)).sum() / count**2
         return (gate.unsqueeze(-1) * output).sum(-2), balance
 
-    results = []
-    for function in (lambda x: (layer(x), language_model.balance_loss(layer)), dense):
-        y, balance = function(x)
-        loss = (weight * y).sum() + balance
-        results.append([y, balance, *torch.autograd.grad(loss, list(inputs.values()))])
-    for name, ours, expected in zip(("y", "balance", *inputs), *results, strict=True):
-        assert_close(ours, expected, name=name)
-    assert_close(layer.eval()(x), results[0][0])
+    y = layer(x)  # whose backward adds the gradient of the balance
+    ours = [y, layer.balance_loss, *torch.autograd.grad((weight * y).sum(), list(inputs.values()))]
+    expected, balance = dense(x)
+    loss = (weight * expected).sum() + balance
+    results = [expected, balance, *torch.autograd.grad(loss, list(inputs.values()))]
+    for name, got, want in zip(("y", "balance", *inputs), ours, results, strict=True):
+        assert_close(got, want, name=name)
+    assert_close(layer.eval()(x), y)
 
 
 @pytest.mark.parametrize("cell", language_model.CELLS)
