@@ -11,6 +11,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <ostream>
 #include <random>
@@ -512,6 +513,24 @@ inline std::vector<TreeCase> tree_cases() {
                    .output_width = 1024,
                    .trees = 2});
   return cases;
+}
+
+constexpr TreeCase kWildLeaves = {.levels = 3, .tokens = 6, .node_output = true};
+
+// For the outputs of `kWildLeaves`: no leaf that a caller may pass indexes outside the tree, as its
+// low bits count. `backward` reads `y`.
+template <typename Backward>
+void expect_leaves_stay_inside(const TreeOutputs& y, const Backward& backward) {
+  using Limits = std::numeric_limits<int64_t>;
+  constexpr int64_t kLeaves[] = {-1,         8, int64_t(1) << 40, Limits::min(), Limits::max(),
+                                 -1000000005};
+  std::copy_n(kLeaves, kWildLeaves.tokens, y.leaf.data_ptr<int64_t>());
+  const Gradients wild = backward();
+  y.leaf.bitwise_and_(7);
+  const Gradients tame = backward();
+  for (size_t i = 0; i < wild.size(); ++i) {
+    EXPECT_TRUE(wild[i].equal(tame[i])) << kGradientNames[i];
+  }
 }
 
 // All tokens to the last leaf.

@@ -443,7 +443,7 @@ def test_tables_and_plots_of_nothing_and_of_one_run(name, tmp_path):
     results = experiment.results(tmp_path)
     assert "No results yet." in experiment.table(results)
     experiment.plot(results, tmp_path / "empty.png")
-    if name == "language_model":
+    if name.startswith("language_model"):
         return
     cell = experiment.cells[0]
     record(cell, 0, test=0.8765, leaves_used=1, leaves=2).append_to(experiment.path(tmp_path))
