@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_fff import FFF, UltraFFF
 
+from .balanced import BalancedTree
 from .gated import GatedTree
 from .moe import Experts
 
@@ -29,7 +30,9 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class TreeBlock:
-    """layer: "FFF", "UltraFFF" or "GatedTree". options: of it, but widths and activation."""
+    """layer: "FFF", "BalancedTree", "UltraFFF" or "GatedTree". options: of it, but widths and
+    activation.
+    """
 
     layer: str
     options: dict[str, Any]
@@ -53,8 +56,9 @@ class TreeBlock:
             return UltraFFF(width, width, activation="gelu", **self.options)
         if self.layer == "GatedTree":
             return GatedTree(width, output_width=width, activation="gelu", **self.options)
+        kind = {"FFF": FFF, "BalancedTree": BalancedTree}[self.layer]
         options = {"activation": "gelu", "train_hardened": True, **self.options}
-        return FFF(width, output_width=width, **options)
+        return kind(width, output_width=width, **options)
 
     def _on_meta(self) -> FFF | UltraFFF:
         with torch.device("meta"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_fff import FFF, functional, losses
+from torch_fff import FFF, functional
+
+from .balanced import leaf_balance
 
 
 class GatedTree(FFF):
@@ -42,6 +44,4 @@ class GatedTree(FFF):
         output = path.unsqueeze(-1).to(output.dtype) * output
         if not (self.training and self.balance):
             return output, None, None
-        logits = F.linear(x, self.node_weights, self.node_biases)
-        mixture = functional.leaf_mixture(self.slope * logits)
-        return output, None, losses.leaf_balance_loss(mixture.unsqueeze(-2))
+        return output, None, leaf_balance(self, x)

@@ -28,7 +28,7 @@ from .training import parameters
 
 EVERY = 100  # steps between two validations
 WINDOWS = 256  # of validation
-BALANCE = 0.01  # weight of the mixtures' load balance, as in arXiv 2101.03961
+BALANCE = 0.01  # weight of the load balance of experts and leaves, as in arXiv 2101.03961
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ CELLS: dict[str, Settings] = {
     ),
     "FFF 2x l=10 d=6, shared base": Settings(tree("FFF", **LEAF_BASE), tree_lr_scale=0.4),
     "FFF l=27 d=5, shared base": Settings(tree("FFF", **ONE_TREE), tree_lr_scale=0.4),
+    "balanced tree l=27 d=5, shared base": Settings(
+        tree("BalancedTree", **ONE_TREE, balance=BALANCE), tree_lr_scale=0.4, node_lr_scale=2.5
+    ),
     "gated tree l=27 d=5": Settings(
         tree("GatedTree", **GATED), tree_lr_scale=0.4, node_lr_scale=2.5
     ),

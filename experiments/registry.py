@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from . import ablation, fashion_mnist, language_model, published, trees
+from . import ablation, fashion_mnist, language_model, language_model_long, published, trees
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (fashion_mnist, trees, ablation, published, language_model)
+    for module in (
+        *(fashion_mnist, trees, ablation, published),
+        *(language_model, language_model_long),
+    )
 }

@@ -14,6 +14,7 @@ from torch import nn
 from examples.data import DEVIATION, MEAN, Images, Split
 from examples.text import Text
 from experiments import classification, fashion_mnist, language_model
+from experiments.balanced import BalancedTree
 from experiments.blocks import DenseBlock, ExpertsBlock, TreeBlock
 from experiments.experiment import Cell, Experiment
 from experiments.gated import GatedTree
@@ -26,7 +27,7 @@ from experiments.settings import as_json, same
 from experiments.tables import percent
 from experiments.training import Recipe, parameters, schedule
 from tolerances import assert_close
-from torch_fff import FFF, UltraFFF
+from torch_fff import FFF, UltraFFF, functional, losses
 from torch_fff.recipes import Geometric, Linear, Schedule, Steps
 
 
@@ -336,6 +337,26 @@ def test_load_balance_of_experts():
         Experts(4, 2, 3, experts=4, active=5)
 
 
+def test_balanced_trees_compute_what_an_fff_does_and_balance_their_leaves():
+    options = {"train_hardened": True, "parallel_size": 2, "slope": 3.0}
+    layer = BalancedTree(6, 3, 4, 2, balance=1.0, **options).double()
+    plain = FFF(6, 3, 4, 2, **options).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(40, 6, dtype=torch.float64)
+    weight = torch.randn(40, 4, dtype=torch.float64)
+    y, expected = layer(x), plain(x)
+    assert_close(y, expected)
+    scores = plain.slope * (x @ plain.node_weights.T + plain.node_biases).view(40, 2, 3)
+    balance = losses.leaf_balance_loss(functional.leaf_mixture(scores))
+    assert_close(layer.balance_loss, balance)
+    ours = torch.autograd.grad((weight * y).sum(), list(layer.parameters()))
+    loss = (weight * expected).sum() + balance
+    wanted = torch.autograd.grad(loss, list(plain.parameters()))
+    for (name, _), got, want in zip(layer.named_parameters(), ours, wanted, strict=True):
+        assert_close(got, want, name=name)
+    assert layer.eval()(x).equal(plain.eval()(x))
+
+
 @pytest.mark.parametrize("tokens", [(40,), (2, 3), (1,), (0,)])
 def test_gated_trees_equal_their_dense_definition(tokens):
     layer = GatedTree(6, 3, 4, 2, "gelu", slope=3.0, balance=1.0).double()
@@ -398,6 +419,7 @@ def test_blocks_have_the_widths_they_claim(cell):
         ),
         (TreeBlock("UltraFFF", {"depth": 2, "shared_level_base": True}), {"tree_lr_scale": 0.2}),
         (TreeBlock("FFF", {"depth": 2, "leaf_width": 2, "shared_leaf_base": True}), {}),
+        (TreeBlock("BalancedTree", {"depth": 2, "leaf_width": 2, "balance": 0.01}), {}),
         (TreeBlock("GatedTree", {"depth": 2, "leaf_width": 2, "slope": 3.0}), {}),
     ],
 )
