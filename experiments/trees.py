@@ -102,7 +102,7 @@ def plot(results: Results, path: Path) -> None:
         xlabel="neurons visited", ylabel="test accuracy, %", title="Fashion-MNIST, hard routing"
     )
     axes.grid(alpha=0.2)
-    legend(axes, fontsize=8)
+    legend(axes, fontsize=8, loc="lower right")
     save(made, path)
 
 
