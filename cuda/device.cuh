@@ -5,7 +5,7 @@
 // A kernel is a struct, copied to the device, with
 //   kThreads              threads of a block, a multiple of 32
 //   kBlocksPerProcessor   blocks that must fit on a multiprocessor at once, which bounds registers
-//   operator()() const    what every thread does
+//   operator()(int64_t block) const    what every thread of a block does
 // and is launched by a queue (queue.cuh). Warp functions are called by all 32 lanes together.
 #pragma once
 
@@ -59,9 +59,6 @@ inline constexpr int kWarpSize = 32;
 
 __device__ inline int thread_index() {
   return static_cast<int>(threadIdx.x);
-}
-__device__ inline int64_t block_index() {
-  return blockIdx.x;
 }
 __device__ inline int64_t block_count() {
   return gridDim.x;
@@ -201,7 +198,6 @@ __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32
 #else  // on a host: defined in tests/cpp/cuda_host.cpp
 
 int thread_index();
-int64_t block_index();
 int64_t block_count();
 void sync_threads();
 void sync_warp();

@@ -29,9 +29,9 @@ struct ForEachItem {
   Body body;
   int64_t items;
 
-  FFF_DEVICE void operator()() const {
+  FFF_DEVICE void operator()(int64_t block) const {
     const Warp warp{lane_index()};
-    for (int64_t item = block_index() * kWarps + warp_index(); item < items;
+    for (int64_t item = block * kWarps + warp_index(); item < items;
          item += block_count() * kWarps) {
       body(item, warp);
     }
@@ -55,8 +55,8 @@ struct ForEachThread {
   Body body;
   int64_t items;
 
-  FFF_DEVICE void operator()() const {
-    const int64_t item = block_index() * kThreads + thread_index();
+  FFF_DEVICE void operator()(int64_t block) const {
+    const int64_t item = block * kThreads + thread_index();
     body(item, item < items);
   }
 };

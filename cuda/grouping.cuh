@@ -88,6 +88,9 @@ struct Children {
   int32_t* counts;   // [tiles of a group, for each group][child][tile] pairs that go there
   uint16_t* places;  // [pairs] child * 128 + number among those of the tile that go there
 
+  static constexpr int kMostLevels = 6;
+  static constexpr int kWarps = kTileTokens / kWarpSize;
+  static constexpr int64_t kSharedBytes = sizeof(int) * kWarps << kMostLevels;
   static constexpr uint16_t kNowhere = 0xffff;
 
   FFF_HOST_DEVICE int64_t children() const { return int64_t(1) << levels; }
@@ -95,54 +98,142 @@ struct Children {
     return tile.group_begin * children() + child * tile.group_tiles + tile.in_group;
   }
 
-  // Called by all threads of a block, of which there are at least `children`; thread i < tile.count
-  // says where pair i goes, in `child_of` in shared memory; below 0, it is left out.
-  FFF_DEVICE void record(const Tile& tile, const int* child_of) const {
+  // Called by all threads of a block, of which there are at least 128; thread i < tile.count says
+  // where pair i goes, all others -1, as it does to leave its pair out. `shared` has kSharedBytes.
+  FFF_DEVICE void record(const Tile& tile, int child, unsigned char* shared) const {
     if (tile.in_group >= tile.group_tiles) {
       return;  // pairs were left out before, so that there are blocks behind the last tile
     }
-    const int i = thread_index();
-    int before = 0, equal = 0;
-    for (int j = 0; j < tile.count; ++j) {
-      before += j < i && child_of[j] == child_of[i < tile.count ? i : 0];
-      equal += child_of[j] == i;
+    int* const of_warps = reinterpret_cast<int*>(shared);  // [warps][children] pairs
+    const int i = thread_index(), warp = warp_index();
+    for (int j = i; i < kTileTokens && j < kWarps << levels; j += kTileTokens) {
+      of_warps[j] = 0;
     }
+    sync_threads();
+    int before = 0;
+    if (i < kTileTokens) {
+      uint32_t same = ballot(child >= 0);  // lanes with this one's child
+      for (int bit = 0; bit < levels; ++bit) {
+        const bool set = child >> bit & 1;
+        const uint32_t votes = ballot(set);
+        same &= set ? votes : ~votes;
+      }
+      before = count_bits(same & ((uint32_t(1) << lane_index()) - 1));
+      if (child >= 0 && before == 0) {
+        of_warps[(warp << levels) + child] = count_bits(same);
+      }
+    }
+    sync_threads();
     if (i < tile.count) {
+      for (int earlier = 0; child >= 0 && earlier < warp; ++earlier) {
+        before += of_warps[(earlier << levels) + child];
+      }
       places[tile.first + i] =
-          child_of[i] < 0 ? kNowhere : static_cast<uint16_t>(child_of[i] * kTileTokens + before);
+          child < 0 ? kNowhere : static_cast<uint16_t>(child * kTileTokens + before);
     }
     if (i < children()) {
-      counts[index(tile, i)] = equal;
+      int all = 0;
+      for (int of = 0; of < kWarps; ++of) {
+        all += of_warps[(of << levels) + i];
+      }
+      counts[index(tile, i)] = all;
     }
   }
 };
 
-// The next grouping from the running sums of `counts`, which are the pairs' places in it.
+// The next grouping from `counts`: their running sums are the pairs' places in it.
 struct Regroup {
-  static constexpr int kThreads = kTileTokens;
+  static constexpr int kThreads = 256;
   static constexpr int kBlocksPerProcessor = 1;
+  static constexpr int64_t kSharedBytes = 2 * sizeof(int32_t) << Children::kMostLevels;
   Grouping from;
   Children children;
+  bool summed;  // the counts already; only if no pair was left out may they be summed here
   int32_t* starts;
   int32_t* order;
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = from.tile(block_index());
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = from.tile(block);
+    if (tile.count == 0 && tile.in_group > 0) {
+      return;
+    }
+    int32_t* const begins =
+        reinterpret_cast<int32_t*>(shared_memory());  // of this tile's, by child
     const int i = thread_index();
-    const int place = i < tile.count ? children.places[tile.first + i] : Children::kNowhere;
-    if (place != Children::kNowhere) {
-      const int64_t sum = children.counts[children.index(tile, place / kTileTokens)];
-      order[sum + place % kTileTokens] = static_cast<int32_t>(from.token(tile.first + i));
+    if (!summed) {
+      sum(tile, begins, begins + children.children());
+    } else if (i < children.children()) {
+      begins[i] = children.counts[children.index(tile, i)];
+    }
+    sync_threads();
+    if (i < tile.count) {
+      const int place = children.places[tile.first + i];
+      if (place != Children::kNowhere) {
+        order[begins[place / kTileTokens] + place % kTileTokens] =
+            static_cast<int32_t>(from.token(tile.first + i));
+      }
     }
     if (tile.in_group == 0 && i < children.children()) {
-      starts[tile.group * children.children() + i] = children.counts[children.index(tile, i)];
+      starts[tile.group * children.children() + i] = begins[i];
     }
     if (tile.in_group == 0 && tile.group == from.groups() - 1 && i == 0) {
-      const int64_t end = tile.group_begin + tile.group_tiles;
-      starts[from.groups() * children.children()] = children.counts[end * children.children()];
+      const int64_t end = (tile.group_begin + tile.group_tiles) * children.children();
+      starts[from.groups() * children.children()] =
+          summed ? children.counts[end] : static_cast<int32_t>(from.pairs());
+    }
+  }
+
+ private:
+  // The running sums that a tile needs, from all counts of its group, a warp for each child;
+  // `totals` has room for one number of each. Behind it, a barrier.
+  FFF_DEVICE void sum(const Tile& tile, int32_t* begins, int32_t* totals) const {
+    const int count = static_cast<int>(children.children());
+    for (int child = warp_index(); child < count; child += kThreads / kWarpSize) {
+      const int32_t* const counts =
+          children.counts + tile.group_begin * count + child * tile.group_tiles;
+      int32_t total = 0, before = 0;
+      FFF_UNROLL_BY_4
+      for (int64_t j = lane_index(); j < tile.group_tiles; j += kWarpSize) {
+        const int32_t pairs = counts[j];
+        total += pairs;
+        before += j < tile.in_group ? pairs : 0;
+      }
+      total = sum_over_warp(total);
+      before = sum_over_warp(before);
+      if (lane_index() == 0) {
+        totals[child] = total;
+        begins[child] = before;
+      }
+    }
+    sync_threads();
+    const int own = thread_index();
+    if (own < count) {
+      int64_t begin = from.start(tile.group) + begins[own];
+      for (int child = 0; child < own; ++child) {
+        begin += totals[child];
+      }
+      begins[own] = static_cast<int32_t>(begin);
     }
   }
 };
+
+namespace pipeline {
+
+// After a kernel that has recorded `children` for all tiles of `from`, and has left pairs out
+// unless they are `complete`.
+template <typename Queue>
+void regroup(const Grouping& from, const Children& children, bool complete, int32_t* starts,
+             int32_t* order, Queue& queue) {
+  // Every block sums its group's counts, which costs less than two more kernels while they are few.
+  constexpr int64_t kFewTokens = int64_t(1) << 15;
+  const bool summed = !complete || from.tokens > kFewTokens;
+  if (summed) {
+    queue.exclusive_sum(children.counts, from.tiles() * children.children() + 1);
+  }
+  queue.launch(Regroup{from, children, summed, starts, order}, from.tiles(), Regroup::kSharedBytes);
+}
+
+}  // namespace pipeline
 
 // Room for the groupings of one call, used again for each: the one before is read meanwhile.
 class Groupings {
@@ -166,8 +257,7 @@ class Groupings {
   // After a kernel that has recorded `children` for all tiles of the current grouping.
   template <typename Queue>
   void next(const Children& children, Queue& queue) {
-    queue.exclusive_sum(counts_, current_.tiles() * children.children() + 1);
-    queue.launch(Regroup{current_, children, starts_[side_], order_[side_]}, current_.tiles(), 0);
+    pipeline::regroup(current_, children, true, starts_[side_], order_[side_], queue);
     current_.level += children.levels;
     current_.starts = starts_[side_];
     current_.order = order_[side_];

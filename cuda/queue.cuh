@@ -35,7 +35,7 @@ void exclusive_sum(int32_t* values, int64_t count, void* scratch, cudaStream_t s
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kBlocksPerProcessor)
     run_body(const __grid_constant__ Body body) {
-  body();
+  body(blockIdx.x);
 }
 
 namespace detail {

@@ -116,11 +116,11 @@ struct RowGradients {
     return gates.grouping.template tiles<kRangeTokens>() * slot_blocks() * column_blocks();
   }
 
-  FFF_DEVICE void operator()() const {
-    const int64_t column = block_index() % column_blocks() * kColumns;
-    const int64_t first_slot = block_index() / column_blocks() % slot_blocks() * kSlots;
-    const Tile range = gates.grouping.template tile<kRangeTokens>(
-        block_index() / (column_blocks() * slot_blocks()));
+  FFF_DEVICE void operator()(int64_t block) const {
+    const int64_t column = block % column_blocks() * kColumns;
+    const int64_t first_slot = block / column_blocks() % slot_blocks() * kSlots;
+    const Tile range =
+        gates.grouping.template tile<kRangeTokens>(block / (column_blocks() * slot_blocks()));
     if (range.count == 0) {
       return;
     }
@@ -263,10 +263,10 @@ struct SumParts {
     return starts * slot_blocks() * column_blocks();
   }
 
-  FFF_DEVICE void operator()() const {
-    const int64_t column = block_index() % column_blocks() * kThreads + thread_index();
-    const int64_t first_slot = block_index() / column_blocks() % slot_blocks() * kOwnSlots;
-    const int64_t begin = block_index() / (column_blocks() * slot_blocks()) * kRangeTokens;
+  FFF_DEVICE void operator()(int64_t block) const {
+    const int64_t column = block % column_blocks() * kThreads + thread_index();
+    const int64_t first_slot = block / column_blocks() % slot_blocks() * kOwnSlots;
+    const int64_t begin = block / (column_blocks() * slot_blocks()) * kRangeTokens;
     const Grouping& grouping = gates.grouping;
     const int64_t group =
         grouping.last_group([&](int64_t g) { return grouping.start(g) < begin + kRangeTokens; });

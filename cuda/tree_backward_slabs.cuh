@@ -118,8 +118,8 @@ struct BackwardSlab {
   bool paths;
   int levels;  // of the slab
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = grouping.tile(block_index());
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = grouping.tile(block);
     if (tile.count == 0) {
       return;
     }
@@ -241,8 +241,8 @@ struct BackwardLeaves {
   bool paths;
   int unit;  // log2 of the leaves of a group
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = grouping.tile(block_index());
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = grouping.tile(block);
     if (tile.count == 0) {
       return;
     }
@@ -391,7 +391,7 @@ void follow_alternates(const TreeBackward& p, const Slabs& slabs, const SlabGate
   const TreeShape& s = p.forward.shape;
   const auto grouped = [&](int level, int positions_level, int count, const auto& launch) {
     queue.scope([&] {
-      const Walkers walkers = {s.trees, count, s.decisions, gates.other_position};
+      const Walkers walkers = {s.trees, count, s.decisions, gates.other_position, false};
       const Grouping all = {s.tokens * count, s.trees, 0, nullptr, nullptr};
       launch(group_walkers(all, walkers, positions_level, level, kSlabLevels<T>, queue), walkers);
     });
@@ -425,7 +425,7 @@ void tree_backward_slabs(const TreeBackward& p, bool adds, Queue& queue) {
   const SlabGates<T> gates(p, queue);
   const int64_t pairs = s.tokens * s.trees;
   for_each_thread(CopyLeaves{s, p.leaf, gates.leaf}, pairs, queue);
-  const Walkers paths = {s.trees, 1, 1, gates.leaf};
+  const Walkers paths = {s.trees, 1, 1, gates.leaf, true};
 
   // Of each slab, and of the leaf networks.
   std::vector<Grouping> groupings = {{s.tokens, s.trees, 0, nullptr, nullptr}};

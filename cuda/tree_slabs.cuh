@@ -83,32 +83,28 @@ struct ScoreSlab {
   static constexpr int kThreads = kTileThreads;
   static constexpr int kBlocksPerProcessor = 2;
   using Dots = DotTile<T, kSlots>;
-  static constexpr int64_t kSharedBytes =
-      Dots::kSharedBytes + kSlots * sizeof(float) + kTileTokens * sizeof(int);
+  static constexpr int64_t kBiasBytes = kSlots * sizeof(float);
+  static constexpr int64_t kSharedBytes = Dots::kSharedBytes + kBiasBytes + Children::kSharedBytes;
   TreeForward p;
   Grouping grouping;
   int levels;         // of the slab
   bool regroups;      // afterwards
   Children children;  // if it does
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = grouping.tile(block_index());
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = grouping.tile(block);
     unsigned char* const shared = shared_memory();
-    float* const biases = reinterpret_cast<float*>(shared + Dots::kSharedBytes);
-    int* const child_of = reinterpret_cast<int*>(biases + kSlots);
-    if (tile.count > 0) {
-      score(tile, shared, biases, child_of);
-    }
+    const int child = tile.count > 0 ? score(tile, shared) : -1;
     if (regroups) {
-      sync_threads();
-      children.record(tile, child_of);
+      children.record(tile, child, shared + Dots::kSharedBytes + kBiasBytes);
     }
   }
 
  private:
-  FFF_DEVICE void score(const Tile& tile, unsigned char* shared, float* biases,
-                        int* child_of) const {
+  // Where this thread's token goes on; -1 if it has none.
+  FFF_DEVICE int score(const Tile& tile, unsigned char* shared) const {
     const TreeShape& s = p.shape;
+    float* const biases = reinterpret_cast<float*>(shared + Dots::kSharedBytes);
     const SlabNodes nodes = {s, grouping.tree(tile.group), grouping.position(tile.group),
                              grouping.level, levels};
     const int i = thread_index();
@@ -133,10 +129,9 @@ struct ScoreSlab {
         },
         p.weights.node_weight, s.input_width);
     const float* scores = Dots::run(shared, x, weights, s.input_width);
-    if (i < tile.count) {
-      child_of[i] =
-          descend(nodes, grouping.token(tile.first + i), scores + i * Dots::kPitch, biases);
-    }
+    return i < tile.count
+               ? descend(nodes, grouping.token(tile.first + i), scores + i * Dots::kPitch, biases)
+               : -1;
   }
 
   // Where the token goes on in the next grouping, below the topmost node.
@@ -182,15 +177,15 @@ struct LeafHidden {
     return (slabs.neurons(p.shape) + kLeafColumns - 1) / kLeafColumns;
   }
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = grouping.tile(block_index() / column_blocks());
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = grouping.tile(block / column_blocks());
     if (tile.count == 0) {
       return;
     }
     const TreeShape& s = p.shape;
     const int64_t neurons = slabs.neurons(s);
     const int64_t first_neuron = tile.group * neurons;  // of the unit, among all trees'
-    const int64_t first = block_index() % column_blocks() * kLeafColumns;
+    const int64_t first = block % column_blocks() * kLeafColumns;
     const StagedRows<T, kTileRows> x(
         [&](int row) {
           const bool present = row < tile.count;
@@ -253,12 +248,12 @@ struct OutputTile {
     return (p.shape.output_width + kColumns - 1) / kColumns;
   }
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = grouping.tile(first_tile + block_index() / column_blocks());
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = grouping.tile(first_tile + block / column_blocks());
     if (tile.count == 0) {
       return;
     }
-    const int64_t column = block_index() % column_blocks() * kColumns;
+    const int64_t column = block % column_blocks() * kColumns;
     unsigned char* const shared = shared_memory();
     const int node_parts = p.weights.node_output ? slabs.used : 0;
     const int leaf_parts = static_cast<int>((slabs.neurons(p.shape) + kSlots - 1) / kSlots);

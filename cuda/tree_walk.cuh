@@ -40,8 +40,8 @@ struct WalkToken {
   FFF_HOST_DEVICE int64_t teams() const { return p.shape.tokens * column_blocks; }
   int64_t blocks() const { return (teams() + kTeams - 1) / kTeams; }
 
-  FFF_DEVICE void operator()() const {
-    const int64_t team = block_index() * kTeams + thread_index() / kTeamThreads;
+  FFF_DEVICE void operator()(int64_t block) const {
+    const int64_t team = block * kTeams + thread_index() / kTeamThreads;
     if (team >= teams()) {
       return;
     }

@@ -17,6 +17,7 @@ struct Walkers {
   int stride;  // of arrays [tokens, trees, stride], whose first `count` entries count
   // [tokens, trees, stride] where each is among the nodes of its level; below 0, nowhere
   int64_t* positions;
+  bool complete;  // none is nowhere
 
   FFF_DEVICE int64_t token(int64_t walker) const {
     return static_cast<uint32_t>(walker) / static_cast<uint32_t>(count);
@@ -37,24 +38,22 @@ struct Walkers {
 struct RouteWalkers {
   static constexpr int kThreads = kTileTokens;
   static constexpr int kBlocksPerProcessor = 1;
-  static constexpr int64_t kSharedBytes = kTileTokens * sizeof(int);
+  static constexpr int64_t kSharedBytes = Children::kSharedBytes;
   Grouping from;
   Children children;
   Walkers walkers;
   int level;  // of their positions
 
-  FFF_DEVICE void operator()() const {
-    const Tile tile = from.tile(block_index());
-    int* const child_of = reinterpret_cast<int*>(shared_memory());
-    const int i = thread_index();
-    if (i < tile.count) {
-      const int64_t walker = from.token(tile.first + i);
+  FFF_DEVICE void operator()(int64_t block) const {
+    const Tile tile = from.tile(block);
+    int child = -1;
+    if (thread_index() < tile.count) {
+      const int64_t walker = from.token(tile.first + thread_index());
       const int64_t position = walkers.positions[walkers.index(walker, from.tree(tile.group))];
-      const int64_t child = position >> (level - from.level - children.levels);
-      child_of[i] = position < 0 ? -1 : static_cast<int>(child & (children.children() - 1));
+      const int64_t below = position >> (level - from.level - children.levels);
+      child = position < 0 ? -1 : static_cast<int>(below & (children.children() - 1));
     }
-    sync_threads();
-    children.record(tile, child_of);
+    children.record(tile, child, shared_memory());
   }
 };
 
@@ -77,8 +76,7 @@ Grouping group_walkers(Grouping grouping, const Walkers& walkers, int positions_
                                  queue.template array<uint16_t>(grouping.pairs())};
       const RouteWalkers route = {grouping, children, walkers, positions_level};
       queue.launch(route, grouping.tiles(), route.kSharedBytes);
-      queue.exclusive_sum(children.counts, counts + 1);
-      queue.launch(Regroup{grouping, children, starts, order}, grouping.tiles(), 0);
+      regroup(grouping, children, walkers.complete, starts, order, queue);
     });
     next.starts = starts;
     next.order = order;

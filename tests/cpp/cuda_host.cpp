@@ -63,16 +63,15 @@ struct Gathering {
 class Block {
  public:
   Block(std::span<std::unique_ptr<Thread>> threads, Order order, std::mt19937& random,
-        const std::function<void()>& kernel)
+        const std::function<void()>& body)
       : threads_(threads),
         order_(order),
         random_(random),
-        kernel_(kernel),
+        body_(body),
         warps_(threads.size() / kWarpSize),
         ready_(warps_.size(), ~uint32_t(0)) {}
 
-  int64_t index = 0;
-  int64_t count = 0;
+  int64_t count = 0;  // of the launch
   unsigned char* shared = nullptr;
   Thread* running = nullptr;
 
@@ -85,7 +84,7 @@ class Block {
       t.groups.clear();
       t.fiber.restart([this, &t] {
         try {
-          kernel_();
+          body_();
         } catch (...) {
           error_ = std::current_exception();
         }
@@ -194,7 +193,7 @@ class Block {
   const std::span<std::unique_ptr<Thread>> threads_;
   const Order order_;
   std::mt19937& random_;
-  const std::function<void()>& kernel_;
+  const std::function<void()>& body_;
   std::vector<Gathering> warps_;
   std::vector<uint32_t> ready_;  // of each warp the lanes that can go on
   Gathering whole_;
@@ -308,9 +307,6 @@ void load_matrices(const char* name, bool transposed, uint32_t (&m)[4], const vo
 int thread_index() {
   return block->running->index;
 }
-int64_t block_index() {
-  return block->index;
-}
 int64_t block_count() {
   return block->count;
 }
@@ -420,7 +416,7 @@ HostQueue::Memory HostQueue::undefined_memory(int64_t bytes) {
   return memory;
 }
 
-void HostQueue::run(const std::function<void()>& kernel, int threads, int64_t blocks,
+void HostQueue::run(const std::function<void(int64_t)>& kernel, int threads, int64_t blocks,
                     int64_t shared) {
   constexpr int64_t kMostShared = 227 * 1024;
   if (shared > kMostShared) {
@@ -440,8 +436,8 @@ void HostQueue::run(const std::function<void()>& kernel, int threads, int64_t bl
   const Memory memory = undefined_memory(shared);
   for (const int64_t index : sequence) {
     std::memset(memory.get(), kUndefined, shared);
-    Block current(std::span(pool.data(), threads), order_, random_, kernel);
-    current.index = index;
+    const std::function<void()> body = [&] { kernel(index); };
+    Block current(std::span(pool.data(), threads), order_, random_, body);
     current.count = blocks;
     current.shared = reinterpret_cast<unsigned char*>(memory.get());
     block = &current;

@@ -51,7 +51,7 @@ class HostQueue {
   template <typename Body>
   void launch(const Body& body, int64_t blocks, int64_t shared) {
     static_assert(Body::kThreads % kWarpSize == 0 && Body::kThreads <= 1024);
-    run([&body] { body(); }, Body::kThreads, blocks, shared);
+    run([&body](int64_t block) { body(block); }, Body::kThreads, blocks, shared);
   }
 
   void exclusive_sum(int32_t* values, int64_t count) {
@@ -65,7 +65,7 @@ class HostQueue {
   using Memory = std::unique_ptr<std::byte, Free>;
   static Memory undefined_memory(int64_t bytes);  // 256-byte aligned; NaN as any type
 
-  void run(const std::function<void()>& kernel, int threads, int64_t blocks, int64_t shared);
+  void run(const std::function<void(int64_t)>& kernel, int threads, int64_t blocks, int64_t shared);
 
   Order order_;
   std::mt19937 random_;

@@ -20,7 +20,13 @@ struct Kernel {
   static constexpr int kThreads = kThreadsOfTests;
   static constexpr int kBlocksPerProcessor = 1;
   F body;
-  void operator()() const { body(); }
+  void operator()(int64_t block) const {
+    if constexpr (std::is_invocable_v<F, int64_t>) {
+      body(block);
+    } else {
+      body();
+    }
+  }
 };
 
 template <typename F>
@@ -35,9 +41,9 @@ float* shared_floats() {
 TEST(CudaDevice, EveryThreadOfEveryBlockRunsOnce) {
   for (const Order order : kOrders) {
     std::vector<int> runs(3 * kThreadsOfTests);
-    launch(order, 3, 0, [&] {
+    launch(order, 3, 0, [&](int64_t block) {
       EXPECT_EQ(block_count(), 3);
-      ++runs[block_index() * kThreadsOfTests + thread_index()];
+      ++runs[block * kThreadsOfTests + thread_index()];
     });
     EXPECT_EQ(runs, std::vector<int>(runs.size(), 1));
   }
