@@ -92,16 +92,23 @@ struct TreeBackward {
   // those of every path.
   RowIds nodes;
   RowIds leaves;
-  // outputs, each null when not wanted; the gradients of weights come zeroed
-  void* grad_x;            // [tokens, input_width] of grad_x_dtype
-  DType grad_x_dtype;      // dtype, or the accumulation type where several trees add up
-  void* grad_node_weight;  // acc, shaped as the weights but for the number of rows
+  // outputs, each null when not wanted
+  void* grad_x;        // [tokens, input_width] of grad_x_dtype
+  DType grad_x_dtype;  // dtype, or the accumulation type where several trees add up
+  // Shaped as the weights but for the number of rows. The CPU adds to them, in the accumulation
+  // type; CUDA writes them whole, in dtype, except those of nodes whose scores have none.
+  DType grad_weights_dtype;
+  void* grad_node_weight;
   void* grad_node_bias;
   void* grad_node_output;
   void* grad_w1;
   void* grad_b1;
   void* grad_w2;
   void* grad_b2;
+
+  bool scores_have_gradients() const {
+    return straight_through || grad_scores || forward.weights.node_output;
+  }
 };
 
 // The paths of a forest whose neurons were all scored; float32.

@@ -230,7 +230,9 @@ TreeGradients gradients(const Check& check, const OptionalTensor& grad_output,
     leaves = ids(visited->leaves);
   }
   const auto absent = [&] { return at::empty({0}, x.options()); };
-  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted, const RowIds& rows) {
+  const at::ScalarType of_weights = x.is_cuda() ? dtype : acc;
+  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted, const RowIds& rows,
+                               bool written_whole) {
     if (!defined(weight) || !wanted) {
       return absent();
     }
@@ -238,7 +240,8 @@ TreeGradients gradients(const Check& check, const OptionalTensor& grad_output,
     if (visited) {
       sizes[0] = rows.count;
     }
-    return at::zeros(sizes, weight->options().dtype(acc));
+    const auto options = weight->options().dtype(of_weights);
+    return written_whole ? at::empty(sizes, options) : at::zeros(sizes, options);
   };
   const auto pointer = [](const at::Tensor& gradient) -> void* {
     return gradient.numel() > 0 ? gradient.data_ptr() : nullptr;
@@ -257,7 +260,7 @@ TreeGradients gradients(const Check& check, const OptionalTensor& grad_output,
   p.nodes = nodes;
   p.leaves = leaves;
 
-  const auto [mask_x, mask_nodes, mask_leaves] = output_mask;
+  const bool mask_x = output_mask[0], mask_nodes = output_mask[1], mask_leaves = output_mask[2];
   if (!visited && suits_dense_forest(a.params, x, straight_through)) {
     DenseForestGradients grads = dense_forest_backward(
         p, g.view({s.tokens, s.output_width}), a.x.view({s.tokens, s.input_width}), a.node_weight,
@@ -274,17 +277,25 @@ TreeGradients gradients(const Check& check, const OptionalTensor& grad_output,
 
   const at::ScalarType sum = sum_type(x, trees);
   const at::Tensor grad_x = mask_x ? at::empty(a.x.sizes(), x.options().dtype(sum)) : absent();
-  const at::Tensor grad_node_weight = gradient_of(a.node_weight, mask_nodes, nodes);
-  const at::Tensor grad_node_bias = gradient_of(a.node_bias, mask_nodes, nodes);
-  const at::Tensor grad_node_output = gradient_of(a.node_output, mask_nodes, nodes);
-  const at::Tensor grad_w1 = gradient_of(a.w1, mask_leaves, leaves);
-  const at::Tensor grad_b1 = gradient_of(a.b1, mask_leaves, leaves);
-  const at::Tensor grad_w2 = gradient_of(a.w2, mask_leaves, leaves);
-  const at::Tensor grad_b2 = gradient_of(a.b2, mask_leaves, leaves);
+  const bool whole = x.is_cuda() && s.tokens > 0;
+  const auto of_nodes = [&](const OptionalTensor& weight) {
+    return gradient_of(weight, mask_nodes, nodes, whole && p.scores_have_gradients());
+  };
+  const auto of_leaves = [&](const OptionalTensor& weight) {
+    return gradient_of(weight, mask_leaves, leaves, whole);
+  };
+  const at::Tensor grad_node_weight = of_nodes(a.node_weight);
+  const at::Tensor grad_node_bias = of_nodes(a.node_bias);
+  const at::Tensor grad_node_output = of_nodes(a.node_output);
+  const at::Tensor grad_w1 = of_leaves(a.w1);
+  const at::Tensor grad_b1 = of_leaves(a.b1);
+  const at::Tensor grad_w2 = of_leaves(a.w2);
+  const at::Tensor grad_b2 = of_leaves(a.b2);
 
   if (s.tokens > 0) {
     p.grad_x = pointer(grad_x);
     p.grad_x_dtype = as_dtype(sum, a.params.dtype);
+    p.grad_weights_dtype = as_dtype(of_weights, a.params.dtype);
     p.grad_node_weight = pointer(grad_node_weight);
     p.grad_node_bias = pointer(grad_node_bias);
     p.grad_node_output = pointer(grad_node_output);

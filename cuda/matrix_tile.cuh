@@ -137,26 +137,31 @@ class WarpTile {
     }
   }
 
+  // The warp's first row and column.
+  FFF_DEVICE static int row() { return warp_index() / 2 * 32; }
+  FFF_DEVICE static int column() { return warp_index() % 2 * kWarpColumns; }
+
   // To [rows, pitch] floats in shared memory.
   FFF_DEVICE void store(float* to, int pitch) const {
+    FFF_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      store_half(half, to + (row() + half * 16) * pitch + column(), pitch);
+    }
+  }
+
+  // The warp's first or second 16 rows, to [16, pitch].
+  FFF_DEVICE void store_half(int half, float* to, int pitch) const {
     const int lane = lane_index();
     FFF_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < kWarpColumns / 8; ++j) {
       FFF_UNROLL
-      for (int j = 0; j < kWarpColumns / 8; ++j) {
-        FFF_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int r = row() + i * 16 + lane / 4 + e / 2 * 8;
-          to[r * pitch + column() + j * 8 + lane % 4 * 2 + e % 2] = sums_[i][j][e];
-        }
+      for (int e = 0; e < 4; ++e) {
+        to[(lane / 4 + e / 2 * 8) * pitch + j * 8 + lane % 4 * 2 + e % 2] = sums_[half][j][e];
       }
     }
   }
 
  private:
-  FFF_DEVICE static int row() { return warp_index() / 2 * 32; }
-  FFF_DEVICE static int column() { return warp_index() % 2 * kWarpColumns; }
-
   struct Fragment {
     uint32_t bits[4];
     uint32_t rest[4];  // of floats that are cut
@@ -242,7 +247,9 @@ class DotTile {
   static constexpr int kStageBytes = (kTileRows + kColumns) * A::kPitch;
 
  public:
-  static constexpr int kPitch = kColumns + 1;  // floats of a row of results: odd, for the banks
+  // Floats of a row of results: odd, for the banks when every thread reads from a row of its own,
+  // and not 1 more than their number, for those when they are stored.
+  static constexpr int kPitch = kColumns + 5;
   static constexpr int64_t kSharedBytes = kStages * kStageBytes;
   static_assert(kTileRows * kPitch * sizeof(float) <= kSharedBytes);
 

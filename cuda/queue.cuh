@@ -4,6 +4,7 @@
 //   scope(f)                         calls f, whose arrays may be used again for what follows
 //   launch(kernel, blocks, shared)   the kernel on so many blocks with so many shared bytes
 //   exclusive_sum(values, count)     running sums of int32, in place
+//   kBusyBlocks                      blocks of a product that keep the GPU busy
 // in order. None waits for the GPU: a pipeline can be captured into a CUDA graph.
 //
 // StreamQueue is a CUDA stream; SizingQueue tells how much memory a pipeline wants; the host's, for
@@ -38,6 +39,8 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kBlocksPerProcessor)
   body(blockIdx.x);
 }
 
+inline constexpr int64_t kBusyBlocksOfGpu = 256;  // 132 multiprocessors with 2 each
+
 namespace detail {
 inline int64_t aligned(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -46,11 +49,15 @@ inline int64_t aligned(int64_t bytes) {
 
 class SizingQueue {
  public:
+  static constexpr int64_t kBusyBlocks = kBusyBlocksOfGpu;
+
   template <typename V>
   V* array(int64_t count) {
+    // Not null: nobody reads it, but an array that is wanted is told by that from one that is not.
+    V* const data = reinterpret_cast<V*>(kFirst + used_);
     used_ += detail::aligned(count * static_cast<int64_t>(sizeof(V)));
     bytes_ = std::max(bytes_, used_);
-    return nullptr;
+    return data;
   }
   template <typename F>
   void scope(const F& f) {
@@ -67,12 +74,15 @@ class SizingQueue {
   int64_t bytes() const { return bytes_; }
 
  private:
+  static constexpr int64_t kFirst = 256;
   int64_t used_ = 0;
   int64_t bytes_ = 0;  // at most
 };
 
 class StreamQueue {
  public:
+  static constexpr int64_t kBusyBlocks = kBusyBlocksOfGpu;
+
   StreamQueue(void* workspace, cudaStream_t stream)
       : next_(static_cast<unsigned char*>(workspace)), stream_(stream) {}
 

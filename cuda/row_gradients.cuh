@@ -5,13 +5,18 @@
 // a second kernel adds in order, so that a leaf that takes all tokens keeps no block busy for long.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "grouping.cuh"
 #include "matrix_tile.cuh"
+#include "side_by_side.cuh"
 #include "tree_slabs.cuh"
 
 namespace fff::cuda {
 
 inline constexpr int kRangeTokens = 512;
+inline constexpr int64_t kPartElements = int64_t(1) << 26;  // that suit the workspace: 256 MiB
 
 // The gates of a slab's nodes. A pair has one at each level.
 template <typename T>
@@ -72,8 +77,8 @@ struct LeafGates {
 // group's first. No two are the same: two ranges that begin in the same aligned 512 are the first
 // of a group and a later one of the group before.
 struct Parts {
-  float* rows;    // [parts, slots, width]
-  float* biases;  // [parts, slots]
+  float* rows = nullptr;    // [parts, slots, width]
+  float* biases = nullptr;  // [parts, slots]
 
   static int64_t count(int64_t pairs) { return 2 * (pairs / kRangeTokens + 1); }
   FFF_DEVICE static int64_t part(int64_t group_start, int64_t range) {
@@ -81,6 +86,7 @@ struct Parts {
   }
 };
 
+// Those of one weight; every row is written.
 template <typename T, template <typename> typename Gates>
 struct RowGradients {
   static constexpr int kSlots = Gates<T>::kSlots;
@@ -102,11 +108,17 @@ struct RowGradients {
   const T* vectors;  // [tokens, width]
   int64_t width;
   bool whole_floats;  // or rounded to tf32
-  bool adds;          // to what the outputs have
-  Parts parts;
   // outputs, each null when not wanted
-  float* gradient;  // [rows, width]
-  float* bias;      // [rows]
+  void* gradient;  // [rows, width] of `dtype`
+  void* bias;      // [rows] of `dtype`
+  DType dtype;     // T's or float
+  bool adds;       // to what the outputs, of float, have
+  Parts parts;
+
+  // To an output.
+  FFF_DEVICE void put(void* array, int64_t i, float value) const {
+    store<T>(array, dtype, kDType<T>, i, value + (adds ? static_cast<const float*>(array)[i] : 0));
+  }
 
   FFF_HOST_DEVICE int64_t slot_blocks() const { return (gates.slots() + kSlots - 1) / kSlots; }
   FFF_HOST_DEVICE int64_t column_blocks() const {
@@ -121,7 +133,7 @@ struct RowGradients {
     const int64_t first_slot = block / column_blocks() % slot_blocks() * kSlots;
     const Tile range =
         gates.grouping.template tile<kRangeTokens>(block / (column_blocks() * slot_blocks()));
-    if (range.count == 0) {
+    if (range.count == 0 && (range.in_group > 0 || adds)) {
       return;
     }
     unsigned char* const shared = shared_memory();
@@ -133,8 +145,10 @@ struct RowGradients {
       commit_copies();
     };
 
-    stage(0);
-    store_gates(range, 0, first_slot, gates_of(0));
+    if (steps > 0) {
+      stage(0);
+      store_gates(range, 0, first_slot, gates_of(0));
+    }
     WarpTile<T, kColumns> sums(whole_floats);
     float bias_sum = 0.0f;
     for (int step = 0; step < steps; ++step) {
@@ -211,59 +225,59 @@ struct RowGradients {
     return sum;
   }
 
-  // Of this block's slot i, in the gradient or among parts.
   FFF_DEVICE void write(const Tile& range, int64_t first_slot, int64_t column, const float* results,
                         float bias_sum) const {
     const int64_t start = gates.grouping.start(range.group);
     const bool whole = gates.grouping.start(range.group + 1) - start <= kRangeTokens;
-    const int64_t part = Parts::part(start, range.in_group);
-    const auto row_of = [&](int slot) {
-      return whole ? gates.row(range.group, first_slot + slot)
-                   : part * gates.slots() + first_slot + slot;
-    };
+    const int64_t part = Parts::part(start, range.in_group) * gates.slots() + first_slot;
     const int64_t left = gates.slots() - first_slot;
     const int slots = left < kSlots ? static_cast<int>(left) : kSlots;
-    float* const rows = whole ? gradient : parts.rows;
     for (int i = thread_index(); gradient && i < slots * kColumns; i += kThreads) {
       const int slot = i / kColumns, own = i % kColumns;
-      if (column + own < width) {
-        float& to = rows[row_of(slot) * width + column + own];
-        to = results[slot * kResultPitch + own] + (whole && adds ? to : 0.0f);
+      if (column + own >= width) {
+        continue;
+      }
+      const float sum = results[slot * kResultPitch + own];
+      if (whole) {
+        put(gradient, gates.row(range.group, first_slot + slot) * width + column + own, sum);
+      } else {
+        parts.rows[(part + slot) * width + column + own] = sum;
       }
     }
     if (bias && column == 0 && thread_index() < slots) {
-      float& to = (whole ? bias : parts.biases)[row_of(thread_index())];
-      to = bias_sum + (whole && adds ? to : 0.0f);
+      if (whole) {
+        put(bias, gates.row(range.group, first_slot + thread_index()), bias_sum);
+      } else {
+        parts.biases[part + thread_index()] = bias_sum;
+      }
     }
   }
 };
 
 // The sums over ranges of one group become those over the group; a block has 8 slots and 128
 // columns of the group of several ranges, if there is one, that begins in its aligned 512 pairs.
-template <typename Gates>
+template <typename Rows>
 struct SumParts {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerProcessor = 4;
   static constexpr int kOwnSlots = 8;
-  Gates gates;
-  int64_t width;
-  bool adds;
-  Parts parts;
-  float* gradient;
-  float* bias;
+  static constexpr int64_t kSharedBytes = 0;
+  Rows rows;
 
   FFF_HOST_DEVICE int64_t slot_blocks() const {
-    return (gates.slots() + kOwnSlots - 1) / kOwnSlots;
+    return (rows.gates.slots() + kOwnSlots - 1) / kOwnSlots;
   }
   FFF_HOST_DEVICE int64_t column_blocks() const {
-    return width > 0 ? (width + kThreads - 1) / kThreads : 1;
+    return rows.width > 0 ? (rows.width + kThreads - 1) / kThreads : 1;
   }
   int64_t blocks() const {
-    const int64_t starts = gates.grouping.pairs() / kRangeTokens + 1;
+    const int64_t starts = rows.gates.grouping.pairs() / kRangeTokens + 1;
     return starts * slot_blocks() * column_blocks();
   }
 
   FFF_DEVICE void operator()(int64_t block) const {
+    const auto& gates = rows.gates;
+    const int64_t width = rows.width;
     const int64_t column = block % column_blocks() * kThreads + thread_index();
     const int64_t first_slot = block / column_blocks() % slot_blocks() * kOwnSlots;
     const int64_t begin = block / (column_blocks() * slot_blocks()) * kRangeTokens;
@@ -277,11 +291,11 @@ struct SumParts {
     const int64_t ranges = (count + kRangeTokens - 1) / kRangeTokens;
     const int64_t left = gates.slots() - first_slot;
     const int slots = left < kOwnSlots ? static_cast<int>(left) : kOwnSlots;
-    if (gradient && column < width) {
+    if (rows.gradient && column < width) {
       float sums[kOwnSlots] = {};
       for (int64_t range = 0; range < ranges; ++range) {
-        const float* from =
-            parts.rows + (Parts::part(start, range) * gates.slots() + first_slot) * width + column;
+        const int64_t row = Parts::part(start, range) * gates.slots() + first_slot;
+        const float* from = rows.parts.rows + row * width + column;
         FFF_UNROLL
         for (int i = 0; i < kOwnSlots; ++i) {
           sums[i] += i < slots ? from[i * width] : 0.0f;
@@ -290,47 +304,53 @@ struct SumParts {
       FFF_UNROLL
       for (int i = 0; i < kOwnSlots; ++i) {
         if (i < slots) {
-          float& to = gradient[gates.row(group, first_slot + i) * width + column];
-          to = sums[i] + (adds ? to : 0.0f);
+          rows.put(rows.gradient, gates.row(group, first_slot + i) * width + column, sums[i]);
         }
       }
     }
-    if (bias && column < slots) {
+    if (rows.bias && column < slots) {
       float sum = 0.0f;
       for (int64_t range = 0; range < ranges; ++range) {
-        sum += parts.biases[Parts::part(start, range) * gates.slots() + first_slot + column];
+        sum += rows.parts.biases[Parts::part(start, range) * gates.slots() + first_slot + column];
       }
-      float& to = bias[gates.row(group, first_slot + column)];
-      to = sum + (adds ? to : 0.0f);
+      rows.put(rows.bias, gates.row(group, first_slot + column), sum);
     }
   }
 };
 
 namespace pipeline {
 
-// Of all groups; rows of groups without pairs are left alone.
-template <typename T, template <typename> typename Gates, typename Queue>
-void row_gradients(const Gates<T>& gates, const void* vectors, int64_t width, bool whole_floats,
-                   bool adds, void* gradient, void* bias, Queue& queue) {
-  if (!gradient && !bias) {
-    return;
+// Of several weights, without their parts.
+template <typename Rows, typename Queue>
+void row_gradients(const std::vector<Rows>& weights, Queue& queue) {
+  const auto part_rows = [](const Rows& rows) {
+    return Parts::count(rows.gates.grouping.pairs()) * rows.gates.slots();
+  };
+  // Together, as far as their parts suit the workspace.
+  for (size_t next = 0; next < weights.size();) {
+    queue.scope([&] {
+      std::vector<Rows> together;
+      std::vector<SumParts<Rows>> sums;
+      int64_t elements = 0;
+      for (; next < weights.size(); ++next) {
+        Rows rows = weights[next];
+        if (!rows.gradient && !rows.bias) {
+          continue;
+        }
+        elements += part_rows(rows) * rows.width;
+        if (!together.empty() && elements > kPartElements) {
+          break;
+        }
+        rows.parts.rows =
+            queue.template array<float>(rows.gradient ? part_rows(rows) * rows.width : 0);
+        rows.parts.biases = queue.template array<float>(rows.bias ? part_rows(rows) : 0);
+        together.push_back(rows);
+        sums.push_back({rows});
+      }
+      launch_side_by_side(together, queue);
+      launch_side_by_side(sums, queue);
+    });
   }
-  queue.scope([&] {
-    const int64_t rows = Parts::count(gates.grouping.pairs()) * gates.slots();
-    float* const part_rows = queue.template array<float>(gradient ? rows * width : 0);
-    float* const part_biases = queue.template array<float>(bias ? rows : 0);
-    const RowGradients<T, Gates> sums = {gates,
-                                         static_cast<const T*>(vectors),
-                                         width,
-                                         whole_floats,
-                                         adds,
-                                         {part_rows, part_biases},
-                                         static_cast<float*>(gradient),
-                                         static_cast<float*>(bias)};
-    queue.launch(sums, sums.blocks(), sums.kSharedBytes);
-    const SumParts<Gates<T>> whole = {gates, width, adds, sums.parts, sums.gradient, sums.bias};
-    queue.launch(whole, whole.blocks(), 0);
-  });
 }
 
 }  // namespace pipeline

@@ -118,6 +118,8 @@ struct BackwardSlab {
   bool paths;
   int levels;  // of the slab
 
+  int64_t blocks() const { return grouping.tiles(); }
+
   FFF_DEVICE void operator()(int64_t block) const {
     const Tile tile = grouping.tile(block);
     if (tile.count == 0) {
@@ -399,9 +401,8 @@ void follow_alternates(const TreeBackward& p, const Slabs& slabs, const SlabGate
   for (int slab = 1; slab < slabs.count; ++slab) {
     const int level = slabs.begin(slab);
     grouped(level, level, level, [&](const Grouping& grouping, const Walkers& walkers) {
-      using Slab = BackwardSlab<T>;
-      queue.launch(Slab{p, gates, grouping, walkers, false, slabs.size(slab)}, grouping.tiles(),
-                   Slab::kSharedBytes);
+      const BackwardSlab<T> body = {p, gates, grouping, walkers, false, slabs.size(slab)};
+      launch_side_by_side(std::vector{body}, queue);
     });
   }
   if (s.leaf_width > 0 && s.decisions > 0) {
@@ -436,14 +437,13 @@ void tree_backward_slabs(const TreeBackward& p, bool adds, Queue& queue) {
   }
   const Grouping& last = groupings.back();
 
-  const bool score_gradients =
-      s.levels > 0 && (p.straight_through || p.grad_scores || f.weights.node_output);
+  const bool score_gradients = s.levels > 0 && p.scores_have_gradients();
   if (s.levels > 0 && (f.weights.node_output || p.straight_through)) {
+    std::vector<BackwardSlab<T>> bodies;
     for (int slab = 0; slab < slabs.count; ++slab) {
-      using Slab = BackwardSlab<T>;
-      queue.launch(Slab{p, gates, groupings[slab], paths, true, slabs.size(slab)},
-                   groupings[slab].tiles(), Slab::kSharedBytes);
+      bodies.push_back({p, gates, groupings[slab], paths, true, slabs.size(slab)});
     }
+    launch_side_by_side(bodies, queue);
   }
   if (s.leaf_width > 0) {
     using Leaves = BackwardLeaves<T>;
@@ -471,24 +471,40 @@ void tree_backward_slabs(const TreeBackward& p, bool adds, Queue& queue) {
     tree_output_slabs<T, 1 << kSlabLevels<T>>(x, last, slabs, gates.grad_hidden, queue);
   }
 
-  const auto rows = [&](const auto& row_gates, const void* vectors, int64_t width, void* gradient,
-                        void* bias) {
-    row_gradients(row_gates, vectors, width, !f.allow_tf32, adds, gradient, bias, queue);
+  const auto rows = [&]<template <typename> typename Gates>(const Gates<T>& row_gates,
+                                                            const void* vectors, int64_t width,
+                                                            void* gradient, void* bias) {
+    return RowGradients<T, Gates>{row_gates,
+                                  static_cast<const T*>(vectors),
+                                  width,
+                                  !f.allow_tf32,
+                                  gradient,
+                                  bias,
+                                  p.grad_weights_dtype,
+                                  adds,
+                                  {}};
   };
   const void* const g = p.grad_output;
+  std::vector<RowGradients<T, NodeGates>> of_nodes;
   for (int slab = 0; score_gradients && slab < slabs.count; ++slab) {
-    const auto of_nodes = [&](const float* values) {
+    const auto gates_of = [&](const float* values) {
       return NodeGates<T>{s, groupings[slab], slabs.size(slab), gates.leaf, values};
     };
-    rows(of_nodes(gates.score), f.x, s.input_width, p.grad_node_weight, p.grad_node_bias);
-    rows(of_nodes(gates.node_gate), g, s.output_width, p.grad_node_output, nullptr);
+    of_nodes.push_back(
+        rows(gates_of(gates.score), f.x, s.input_width, p.grad_node_weight, p.grad_node_bias));
+    of_nodes.push_back(
+        rows(gates_of(gates.node_gate), g, s.output_width, p.grad_node_output, nullptr));
   }
-  const auto of_leaves = [&](const T* values, int64_t width) {
+  row_gradients(of_nodes, queue);
+  const auto gates_of = [&](const T* values, int64_t width) {
     return LeafGates<T>{s, last, slabs.unit, gates.leaf, values, width};
   };
-  rows(of_leaves(gates.grad_hidden, s.leaf_width), f.x, s.input_width, p.grad_w1, p.grad_b1);
-  rows(of_leaves(gates.hidden, s.leaf_width), g, s.output_width, p.grad_w2, nullptr);
-  rows(of_leaves(nullptr, 1), g, s.output_width, p.grad_b2, nullptr);
+  row_gradients(
+      std::vector<RowGradients<T, LeafGates>>{
+          rows(gates_of(gates.grad_hidden, s.leaf_width), f.x, s.input_width, p.grad_w1, p.grad_b1),
+          rows(gates_of(gates.hidden, s.leaf_width), g, s.output_width, p.grad_w2, nullptr),
+          rows(gates_of(nullptr, 1), g, s.output_width, p.grad_b2, nullptr)},
+      queue);
 }
 
 }  // namespace pipeline

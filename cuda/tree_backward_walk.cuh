@@ -28,7 +28,7 @@ struct GateGradients {
   GateGradients(const TreeBackward& p, A* memory) {
     const TreeShape& s = p.forward.shape;
     const bool node_output = p.forward.weights.node_output;
-    score = p.straight_through || p.grad_scores || node_output ? memory : nullptr;
+    score = p.scores_have_gradients() ? memory : nullptr;
     memory += s.tokens * s.trees * s.levels;
     node_gate = node_output ? memory : nullptr;
     memory += s.tokens * s.trees * s.levels;
@@ -199,8 +199,9 @@ struct BackwardRow {
   bool of_nodes;  // a node's row, `slots` is levels; or one of `slots` rows of a leaf
   int64_t slots;
   // outputs, each null when not wanted
-  A* gradient;  // [rows, width] sum of coefficient x vector
-  A* bias;      // [rows] sum of coefficients
+  void* gradient;  // [rows, width] of `dtype`: sum of coefficient x vector
+  void* bias;      // [rows] of `dtype`: sum of coefficients
+  DType dtype;     // T's or A's
 
   static constexpr int kColumns = 8;  // of one thread
 
@@ -251,11 +252,11 @@ struct BackwardRow {
     for (int i = 0; i < kColumns; ++i) {
       const int64_t column = first + i * group.size;
       if (column < end) {
-        gradient[row * width + column] = sums[i];
+        store<T>(gradient, dtype, kDType<T>, row * width + column, sums[i]);
       }
     }
     if (bias && block == 0 && group.lane == 0) {
-      bias[row] = sum;
+      store<T>(bias, dtype, kDType<T>, row, sum);
     }
   }
 
@@ -270,21 +271,19 @@ struct BackwardRow {
 template <typename T>
 std::array<BackwardRow<T>, 5> backward_rows(const TreeBackward& p,
                                             const GateGradients<acc_t<T>>& gates) {
-  using A = acc_t<T>;
   const TreeShape& s = p.forward.shape;
   const T* x = static_cast<const T*>(p.forward.x);
   const T* grad = static_cast<const T*>(p.grad_output);
-  const auto out = [](void* gradient) { return static_cast<A*>(gradient); };
-  const bool score = gates.score;
-  return {{{s, p.leaf, gates.score, x, s.input_width, true, s.levels,
-            score ? out(p.grad_node_weight) : nullptr, score ? out(p.grad_node_bias) : nullptr},
-           {s, p.leaf, gates.node_gate, grad, s.output_width, true, s.levels,
-            out(p.grad_node_output), nullptr},
-           {s, p.leaf, gates.grad_hidden, x, s.input_width, false, s.leaf_width, out(p.grad_w1),
-            out(p.grad_b1)},
-           {s, p.leaf, gates.hidden, grad, s.output_width, false, s.leaf_width, out(p.grad_w2),
-            nullptr},
-           {s, p.leaf, nullptr, grad, s.output_width, false, 1, out(p.grad_b2), nullptr}}};
+  const DType to = p.grad_weights_dtype;
+  return {
+      {{s, p.leaf, gates.score, x, s.input_width, true, s.levels, p.grad_node_weight,
+        p.grad_node_bias, to},
+       {s, p.leaf, gates.node_gate, grad, s.output_width, true, s.levels, p.grad_node_output,
+        nullptr, to},
+       {s, p.leaf, gates.grad_hidden, x, s.input_width, false, s.leaf_width, p.grad_w1, p.grad_b1,
+        to},
+       {s, p.leaf, gates.hidden, grad, s.output_width, false, s.leaf_width, p.grad_w2, nullptr, to},
+       {s, p.leaf, nullptr, grad, s.output_width, false, 1, p.grad_b2, nullptr, to}}};
 }
 
 namespace pipeline {

@@ -227,15 +227,16 @@ struct OutputTile {
   static constexpr int kBlocksPerProcessor = 2;
   static constexpr int kRowBytes = 256;  // of output rows, at a time
   static constexpr int kColumns = kRowBytes / static_cast<int>(sizeof(T));
+  using Sums = WarpTile<T, kColumns>;
   // Half of a warp reads consecutive elements of two rows where it cannot read them transposed.
   static constexpr int kPitch = kRowBytes + (sizeof(T) == 2 ? kRowPad : 2 * kRowPad);
   static constexpr int kGatePitch = kSlots * static_cast<int>(sizeof(T)) + kRowPad;
   static constexpr int kGateBytes = kTileTokens * kGatePitch;
   static constexpr int kBufferBytes = kGateBytes + kSlots * kPitch;
-  static constexpr int kResultPitch = kColumns + 4;  // floats
-  static constexpr int64_t kResultBytes = kTileTokens * kResultPitch * sizeof(float);
+  static constexpr int kResultPitch = Sums::kWarpColumns + 8;  // floats
+  static constexpr int kResults = 16 * kResultPitch;           // floats of a warp, at a time
   static constexpr int64_t kSharedBytes =
-      2 * kBufferBytes > kResultBytes ? 2 * kBufferBytes : kResultBytes;
+      2 * kBufferBytes + kThreads / kWarpSize * kResults * sizeof(float);
   TreeForward p;
   Grouping grouping;
   Slabs slabs;
@@ -243,72 +244,85 @@ struct OutputTile {
   int64_t first_tile;
   int64_t tree_begin, tree_end;  // several only if the grouping's level is 0
   bool adds;                     // to what the output has
+  int64_t column_blocks;         // blocks that share the columns of a tile of tokens
 
-  FFF_HOST_DEVICE int64_t column_blocks() const {
-    return (p.shape.output_width + kColumns - 1) / kColumns;
+  FFF_HOST_DEVICE static int64_t column_tiles(int64_t width) {
+    return (width + kColumns - 1) / kColumns;
   }
 
   FFF_DEVICE void operator()(int64_t block) const {
-    const Tile tile = grouping.tile(first_tile + block / column_blocks());
+    const Tile tile = grouping.tile(first_tile + block / column_blocks);
     if (tile.count == 0) {
       return;
     }
-    const int64_t column = block % column_blocks() * kColumns;
     unsigned char* const shared = shared_memory();
+    const int64_t own_columns = block % column_blocks;
+    const int64_t all_columns = column_tiles(p.shape.output_width);
+    const int begin = static_cast<int>(all_columns * own_columns / column_blocks);
+    const int end = static_cast<int>(all_columns * (own_columns + 1) / column_blocks);
     const int node_parts = p.weights.node_output ? slabs.used : 0;
     const int leaf_parts = static_cast<int>((slabs.neurons(p.shape) + kSlots - 1) / kSlots);
     const int parts_of_tree = node_parts + leaf_parts;
     const int parts = static_cast<int>(tree_end - tree_begin) * parts_of_tree;
-    const auto buffer = [&](int part) { return shared + part % 2 * kBufferBytes; };
-    const auto stage_rows = [&](int part) {
-      unsigned char* const rows = buffer(part) + kGateBytes;
+    const int steps = (end - begin) * parts;
+    const bool gates_stay = parts <= 2;
+    // Gates of a part that stay lie where it has them first.
+    const auto gates_of = [&](int step) {
+      return shared + (gates_stay ? step % parts : step) % 2 * kBufferBytes;
+    };
+    const auto rows_of = [&](int step) { return shared + step % 2 * kBufferBytes + kGateBytes; };
+    const auto stage_rows = [&](int step) {
+      const int part = step % parts;
+      const int64_t column = int64_t(begin + step / parts) * kColumns;
       const int64_t tree = tree_begin + part / parts_of_tree;
       const int own = part % parts_of_tree;
       if (own < node_parts) {
-        stage_node_rows(tile, tree, own, column, rows);
+        stage_node_rows(tile, tree, own, column, rows_of(step));
       } else {
-        stage_leaf_rows(tile, tree, (own - node_parts) * kSlots, column, rows);
+        stage_leaf_rows(tile, tree, (own - node_parts) * kSlots, column, rows_of(step));
       }
       commit_copies();
     };
-    const auto store_gates = [&](int part) {
+    const auto store_gates = [&](int step) {
+      const int part = step % parts;
       const int64_t tree = tree_begin + part / parts_of_tree;
       const int own = part % parts_of_tree;
       if (own < node_parts) {
-        store_node_gates(tile, tree, own, buffer(part));
+        store_node_gates(tile, tree, own, gates_of(step));
       } else {
-        store_leaf_gates(tile, tree, (own - node_parts) * kSlots, buffer(part));
+        store_leaf_gates(tile, tree, (own - node_parts) * kSlots, gates_of(step));
       }
     };
 
-    stage_rows(0);
-    store_gates(0);
-    WarpTile<T, kColumns> sums(!p.allow_tf32);
-    for (int part = 0; part < parts; ++part) {
-      wait_for_copies<0>();
-      sync_threads();  // the part is here, and the one before it is free
-      if (part + 1 < parts) {
-        stage_rows(part + 1);
-      }
-      const unsigned char* const gates = buffer(part);
-      constexpr int kRows = 32 / static_cast<int>(sizeof(T));
-      FFF_UNROLL
-      for (int k = 0; k < kSlots / kRows; ++k) {
-        sums.add_columns(gates + k * 32, kGatePitch, gates + kGateBytes + k * kRows * kPitch,
-                         kPitch);
-      }
-      if (part + 1 < parts) {
-        store_gates(part + 1);
-      }
+    if (steps > 0) {
+      stage_rows(0);
+      store_gates(0);
     }
-    sync_threads();
-    float* const results = reinterpret_cast<float*>(shared);
-    sums.store(results, kResultPitch);
-    sync_threads();
-    if (p.output_dtype == p.dtype) {
-      write<T>(tile, column, results);
-    } else {
-      write<float>(tile, column, results);
+    int step = 0;
+    for (int columns = begin; columns < end; ++columns) {
+      Sums sums(!p.allow_tf32);
+      for (int part = 0; part < parts; ++part, ++step) {
+        wait_for_copies<0>();
+        sync_threads();  // the step is here, and the one before it is free
+        if (step + 1 < steps) {
+          stage_rows(step + 1);
+        }
+        const unsigned char* const gates = gates_of(step);
+        const unsigned char* const rows = rows_of(step);
+        constexpr int kRows = 32 / static_cast<int>(sizeof(T));
+        FFF_UNROLL
+        for (int k = 0; k < kSlots / kRows; ++k) {
+          sums.add_columns(gates + k * 32, kGatePitch, rows + k * kRows * kPitch, kPitch);
+        }
+        if (step + 1 < steps && (!gates_stay || step + 1 < parts)) {
+          store_gates(step + 1);
+        }
+      }
+      if (p.output_dtype == p.dtype) {
+        write<T>(tile, int64_t(columns) * kColumns, sums);
+      } else {
+        write<float>(tile, int64_t(columns) * kColumns, sums);
+      }
     }
   }
 
@@ -406,37 +420,46 @@ struct OutputTile {
     return sum;
   }
 
-  // Adds biases, and what is there already if wanted.
+  // A warp's sums. Adds biases, and what is there already if wanted.
   template <typename O>
-  FFF_DEVICE void write(const Tile& tile, int64_t column, const float* results) const {
-    constexpr int kChunks = kColumns / kPerChunk<O>;
+  FFF_DEVICE void write(const Tile& tile, int64_t column, const Sums& sums) const {
+    constexpr int kChunks = Sums::kWarpColumns / kPerChunk<O>;
+    float* const results =
+        reinterpret_cast<float*>(shared_memory() + 2 * kBufferBytes) + warp_index() * kResults;
     const int64_t width = p.shape.output_width;
     const bool aligned = is_aligned(p.output, width * static_cast<int64_t>(sizeof(O)));
-    for (int c = thread_index(); c < tile.count * kChunks; c += kThreads) {
-      const int row = c / kChunks;
-      const int own = c % kChunks * kPerChunk<O>;
-      const int64_t first = column + own;
-      const int count = static_cast<int>(first >= width                 ? 0
-                                         : width - first < kPerChunk<O> ? width - first
-                                                                        : kPerChunk<O>);
-      O* const to = static_cast<O*>(p.output) + grouping.token(tile.first + row) * width + first;
-      alignas(16) O values[kPerChunk<O>];
-      FFF_UNROLL
-      for (int i = 0; i < kPerChunk<O>; ++i) {
-        if (i < count) {
-          const float sum = results[row * kResultPitch + own + i] + bias(tile, row, first + i);
-          values[i] = static_cast<O>(adds ? sum + static_cast<float>(to[i]) : sum);
+    FFF_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      sync_warp();  // what was here was written
+      sums.store_half(half, results, kResultPitch);
+      sync_warp();
+      for (int c = lane_index(); c < 16 * kChunks; c += kWarpSize) {
+        const int row = Sums::row() + half * 16 + c / kChunks;
+        const int own = c % kChunks * kPerChunk<O>;
+        const int64_t first = column + Sums::column() + own;
+        if (row >= tile.count || first >= width) {
+          continue;
         }
-      }
-      if (aligned && count == kPerChunk<O>) {
-        store_chunk(to, load_chunk(values));
-      } else {
+        const int count =
+            width - first < kPerChunk<O> ? static_cast<int>(width - first) : kPerChunk<O>;
+        const float* const of_row = results + c / kChunks * kResultPitch + own;
+        O* const to = static_cast<O*>(p.output) + grouping.token(tile.first + row) * width + first;
+        Elements<O> old;
+        if (adds) {
+          old = Elements<O>::load(to, count, aligned);
+        }
+        Elements<O> e;
         FFF_UNROLL
-        for (int i = 0; i < kPerChunk<O>; ++i) {
-          if (i < count) {
-            to[i] = values[i];
+        for (int i = 0; i < kPerChunk<O>; i += 4) {
+          const auto four = Elements<float>::load(of_row + i, 4, true);
+          FFF_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const float sum = four.values[j] + (i + j < count ? bias(tile, row, first + i + j) : 0);
+            e.values[i + j] =
+                static_cast<O>(adds ? sum + static_cast<float>(old.values[i + j]) : sum);
           }
         }
+        e.store(to, count, aligned);
       }
     }
   }
@@ -451,13 +474,18 @@ void tree_output_slabs(const TreeForward& p, const Grouping& grouping, const Sla
   const TreeShape& s = p.shape;
   // Each tree has its own groups, so that trees take turns to add to the output, unless all are at
   // their roots still.
+  using Output = OutputTile<T, kSlots>;
   const int64_t together = grouping.level == 0 ? s.trees : 1;
   for (int64_t tree = 0; tree < s.trees; tree += together) {
     const int64_t first = grouping.tiles_before(tree);
     const int64_t tiles = grouping.tiles_before(tree + 1) - first;
-    const OutputTile<T, kSlots> output = {p,     grouping, slabs,           hidden,
-                                          first, tree,     tree + together, tree > 0};
-    queue.launch(output, tiles * output.column_blocks(), output.kSharedBytes);
+    // Gates are made once in a block, so that blocks have as many columns as leaves enough of them.
+    const int64_t column_blocks =
+        std::min((queue.kBusyBlocks + tiles - 1) / std::max<int64_t>(tiles, 1),
+                 Output::column_tiles(s.output_width));
+    const Output output = {p,    grouping,        slabs,    hidden,       first,
+                           tree, tree + together, tree > 0, column_blocks};
+    queue.launch(output, tiles * column_blocks, output.kSharedBytes);
   }
 }
 

@@ -33,6 +33,8 @@ inline constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kRa
 
 class HostQueue {
  public:
+  static constexpr int64_t kBusyBlocks = 4;  // so that small cases have blocks with much to do
+
   explicit HostQueue(Order order, unsigned seed = 1) : order_(order), random_(seed) {}
 
   template <typename V>

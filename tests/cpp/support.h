@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
@@ -144,6 +145,8 @@ struct Implementation {
   const char* name;
   std::optional<cpu::Kernels> kernels;
   bool supported = true;
+  // Whether it writes the gradients of weights whole, in the weights' dtype.
+  bool writes_whole = false;
 };
 
 inline void PrintTo(const Implementation& implementation, std::ostream* os) {
@@ -400,22 +403,30 @@ inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
     return rows ? call_tree_backward_rows(c, a, y) : call_tree_backward(c, a, y);
   }
   const at::ScalarType acc = accumulation_type(a.x.scalar_type());
-  const auto zeros_like = [&](const OptionalTensor& weight,
-                              std::vector<int64_t> VisitedRows::* ids = nullptr) {
+  const bool scored = c.straight_through || a.grad_scores || a.node_output;
+  const auto gradient_like = [&](const OptionalTensor& weight,
+                                 std::vector<int64_t> VisitedRows::* ids) {
     std::vector<int64_t> sizes = weight ? weight->sizes().vec() : std::vector<int64_t>{0};
     if (rows && weight) {
       sizes[0] = static_cast<int64_t>((rows->*ids).size());
     }
-    return at::zeros(sizes, acc);
+    if (!by.writes_whole) {
+      return at::zeros(sizes, acc);
+    }
+    const bool written = scored || ids != &VisitedRows::nodes;
+    return at::full(sizes, written ? NAN : 0.0, a.x.scalar_type());
   };
   const auto ids = [](const std::vector<int64_t>& v) {
     return RowIds{v.data(), static_cast<int64_t>(v.size())};
   };
-  const Gradients g = {
-      at::empty(a.x.sizes(), sum_type(c, a.x)),     zeros_like(a.node_weight, &VisitedRows::nodes),
-      zeros_like(a.node_bias, &VisitedRows::nodes), zeros_like(a.node_output, &VisitedRows::nodes),
-      zeros_like(a.w1, &VisitedRows::leaves),       zeros_like(a.b1, &VisitedRows::leaves),
-      zeros_like(a.w2, &VisitedRows::leaves),       zeros_like(a.b2, &VisitedRows::leaves)};
+  const Gradients g = {at::empty(a.x.sizes(), sum_type(c, a.x)),
+                       gradient_like(a.node_weight, &VisitedRows::nodes),
+                       gradient_like(a.node_bias, &VisitedRows::nodes),
+                       gradient_like(a.node_output, &VisitedRows::nodes),
+                       gradient_like(a.w1, &VisitedRows::leaves),
+                       gradient_like(a.b1, &VisitedRows::leaves),
+                       gradient_like(a.w2, &VisitedRows::leaves),
+                       gradient_like(a.b2, &VisitedRows::leaves)};
   const auto pointer = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   by.kernels->tree_backward({.forward = params_of(c, a),
                              .grad_output = data_or_null(a.grad_output),
@@ -430,6 +441,7 @@ inline Gradients run_tree_backward(const Implementation& by, const TreeCase& c,
                              .leaves = rows ? ids(rows->leaves) : RowIds{},
                              .grad_x = g[0].data_ptr(),
                              .grad_x_dtype = dtype_of(g[0]),
+                             .grad_weights_dtype = dtype_of(g[1]),
                              .grad_node_weight = pointer(g[1]),
                              .grad_node_bias = pointer(g[2]),
                              .grad_node_output = pointer(g[3]),

@@ -193,25 +193,22 @@ struct TreeProblem {
     return out;
   }
 
+  // Those of weights are of W.
+  template <typename W>
   struct Gradients {
     std::vector<T> narrow_x;
-    std::vector<A> wide_x, node_weight, node_bias, node_output, w1, b1, w2, b2;
+    std::vector<A> wide_x;
+    std::vector<W> node_weight, node_bias, node_output, w1, b1, w2, b2;
   };
 
-  template <typename Run>
-  Gradients run_backward(float untouched, Output& routes, const Run& run) {
+  // `weights` is what the gradients of weights that are written are made of before.
+  template <typename W, typename Run>
+  Gradients<W> run_backward(float untouched, W weights, Output& routes, const Run& run) {
     const TreeShape& s = forward.shape;
     const bool want_x = !case_.only_nodes, want_leaves = !case_.only_nodes;
-    Gradients g;
+    Gradients<W> g;
     g.narrow_x.resize(want_x && s.trees == 1 ? x.size() : 0, static_cast<T>(untouched));
     g.wide_x.resize(want_x && s.trees > 1 ? x.size() : 0, static_cast<A>(untouched));
-    g.node_weight.resize(node_weight.size());
-    g.node_bias.resize(node_bias.size());
-    g.node_output.resize(node_output.size());
-    g.w1.resize(want_leaves ? w1.size() : 0);
-    g.b1.resize(want_leaves ? b1.size() : 0);
-    g.w2.resize(want_leaves ? w2.size() : 0);
-    g.b2.resize(want_leaves ? b2.size() : 0);
     TreeBackward p = {};
     p.forward = forward;
     p.grad_output = grad_output.data();
@@ -224,6 +221,15 @@ struct TreeProblem {
     p.alternates = data_or_null(alternates);
     p.grad_x = s.trees == 1 ? static_cast<void*>(data_or_null(g.narrow_x)) : data_or_null(g.wide_x);
     p.grad_x_dtype = forward.output_dtype;
+    const W of_nodes = p.scores_have_gradients() ? weights : W(0);
+    g.node_weight.resize(node_weight.size(), of_nodes);
+    g.node_bias.resize(node_bias.size(), of_nodes);
+    g.node_output.resize(node_output.size(), of_nodes);
+    g.w1.resize(want_leaves ? w1.size() : 0, weights);
+    g.b1.resize(want_leaves ? b1.size() : 0, weights);
+    g.w2.resize(want_leaves ? w2.size() : 0, weights);
+    g.b2.resize(want_leaves ? b2.size() : 0, weights);
+    p.grad_weights_dtype = kDType<W>;
     p.grad_node_weight = data_or_null(g.node_weight);
     p.grad_node_bias = data_or_null(g.node_bias);
     p.grad_node_output = data_or_null(g.node_output);
@@ -245,21 +251,27 @@ void check_backward(TreeProblem<T>& problem, int64_t leaf_offset = 0) {
   for (int64_t& leaf : routes.leaf) {
     leaf += leaf_offset;
   }
-  const auto expected = problem.run_backward(7, routes, cpu::kernels().tree_backward);
+  using A = acc_t<T>;
+  const auto expected = problem.run_backward(7, A(0), routes, cpu::kernels().tree_backward);
+  const auto expect_weights = [](const std::vector<T>& got, const std::vector<A>& sums,
+                                 const char* name) {
+    expect_close(got, std::vector<T>(sums.begin(), sums.end()), name);
+  };
   for (const cuda::Order order : cuda::kOrders) {
     SCOPED_TRACE(static_cast<int>(order));
     HostQueue queue(order);
     const auto got = problem.run_backward(
-        -7, routes, [&](const TreeBackward& p) { cuda::pipeline::tree_backward<T>(p, queue); });
+        -7, static_cast<T>(NAN), routes,
+        [&](const TreeBackward& p) { cuda::pipeline::tree_backward<T>(p, queue); });
     expect_close(got.narrow_x, expected.narrow_x, "grad_x");
     expect_close(got.wide_x, expected.wide_x, "grad_x");
-    expect_close(got.node_weight, expected.node_weight, "grad_node_weight");
-    expect_close(got.node_bias, expected.node_bias, "grad_node_bias");
-    expect_close(got.node_output, expected.node_output, "grad_node_output");
-    expect_close(got.w1, expected.w1, "grad_w1");
-    expect_close(got.b1, expected.b1, "grad_b1");
-    expect_close(got.w2, expected.w2, "grad_w2");
-    expect_close(got.b2, expected.b2, "grad_b2");
+    expect_weights(got.node_weight, expected.node_weight, "grad_node_weight");
+    expect_weights(got.node_bias, expected.node_bias, "grad_node_bias");
+    expect_weights(got.node_output, expected.node_output, "grad_node_output");
+    expect_weights(got.w1, expected.w1, "grad_w1");
+    expect_weights(got.b1, expected.b1, "grad_b1");
+    expect_weights(got.w2, expected.w2, "grad_w2");
+    expect_weights(got.b2, expected.b2, "grad_b2");
   }
 }
 
