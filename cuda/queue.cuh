@@ -14,6 +14,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -36,7 +37,27 @@ void exclusive_sum(int32_t* values, int64_t count, void* scratch, cudaStream_t s
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kBlocksPerProcessor)
     run_body(const __grid_constant__ Body body) {
+#if __CUDA_ARCH__ >= 900
+  // From now on the next kernel's blocks may take the places that become free. They too wait here
+  // for the kernel before them, which waited itself, to be through with its memory.
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   body(blockIdx.x);
+}
+
+// Whether kernels of this library wait as above on the current device: there is code for exactly
+// its architecture, and that is one which can.
+inline bool kernels_wait() {
+  constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  const int own = 100 * major + 10 * minor;
+  return own >= 900 && std::ranges::find(kArchitectures, own) != std::end(kArchitectures);
 }
 
 inline constexpr int64_t kBusyBlocksOfGpu = 256;  // 132 multiprocessors with 2 each
@@ -84,7 +105,7 @@ class StreamQueue {
   static constexpr int64_t kBusyBlocks = kBusyBlocksOfGpu;
 
   StreamQueue(void* workspace, cudaStream_t stream)
-      : next_(static_cast<unsigned char*>(workspace)), stream_(stream) {}
+      : next_(static_cast<unsigned char*>(workspace)), stream_(stream), early_(kernels_wait()) {}
 
   template <typename V>
   V* array(int64_t count) {
@@ -110,9 +131,17 @@ class StreamQueue {
       set(run_body<Body>, cudaFuncAttributePreferredSharedMemoryCarveout,
           cudaSharedmemCarveoutMaxShared);
     }
-    run_body<<<static_cast<unsigned>(blocks), Body::kThreads, static_cast<size_t>(shared),
-               stream_>>>(body);
-    check(cudaGetLastError(), "kernel launch");
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = static_cast<unsigned>(blocks);
+    config.blockDim = Body::kThreads;
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = early_ ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, run_body<Body>, body), "kernel launch");
   }
 
   void exclusive_sum(int32_t* values, int64_t count) {
@@ -130,6 +159,7 @@ class StreamQueue {
 
   unsigned char* next_;
   cudaStream_t stream_;
+  bool early_;  // blocks may come before the end of the kernel before theirs
 };
 
 // Calls f with a value of the type that dtype names.

@@ -6,9 +6,11 @@
 
 namespace fff::cuda {
 
+inline constexpr int64_t kProcessors = 128;  // about, of a GPU
+
 // How many slabs, of `most_levels`, are best computed as products; a walk does the rest. Products
 // read rows that many tokens share, but all of a slab, visited or not; a walk reads visited ones.
-// What either costs is rows read.
+// What either costs is rows read, the more where blocks are too few for all multiprocessors.
 inline int best_slabs(const TreeForward& p, int most_levels) {
   const TreeShape& s = p.shape;
   const int64_t pairs = s.tokens * s.trees;
@@ -17,6 +19,9 @@ inline int best_slabs(const TreeForward& p, int most_levels) {
   const auto tiles_at = [&](int level) {
     return pairs / kTileTokens + std::min(pairs, s.trees << level);
   };
+  const auto read = [](int64_t rows, int64_t blocks) {
+    return blocks < kProcessors ? rows * kProcessors / blocks : rows;
+  };
   int best = 0;
   int64_t least = pairs * (s.levels * node_rows + 2 * neurons);
   int64_t scores = 0, nodes = 0;  // rows read for scores, nodes of a tile, up to this slab
@@ -24,14 +29,15 @@ inline int best_slabs(const TreeForward& p, int most_levels) {
   for (int used = 1; used <= count && s.tokens > kTileTokens; ++used) {
     const Slabs slabs(s, most_levels, used);
     const int64_t own = (int64_t(1) << slabs.size(used - 1)) - 1;
-    scores += pairs + tiles_at(slabs.begin(used - 1)) * own;
+    const int64_t tiles = tiles_at(slabs.begin(used - 1)), last_tiles = tiles_at(slabs.last_level);
+    scores += read(pairs + tiles * own, tiles);
     nodes += own;
-    int64_t rows = scores + (node_rows - 1) * tiles_at(slabs.last_level) * nodes;
+    int64_t rows = scores + (node_rows - 1) * read(last_tiles * nodes, last_tiles);
     if (used < count) {
       rows += pairs * ((s.levels - slabs.begin(used)) * node_rows + 2 * neurons);
       rows += (node_rows - 1) * pairs;  // the output again
     } else if (neurons > 0) {
-      rows += pairs + tiles_at(slabs.last_level) * 2 * slabs.neurons(s);
+      rows += read(pairs + last_tiles * 2 * slabs.neurons(s), last_tiles);
     }
     if (rows < least) {
       least = rows;
@@ -68,7 +74,6 @@ template <typename T, typename Queue>
 void tree_forward_of_part(const TreeForward& p, Queue& queue) {
   constexpr int64_t kFewTokens = 256;
   constexpr int64_t kWideRow = 4096;  // bytes: looking far ahead reads too much
-  constexpr int64_t kBlocks = 128;    // keep a GPU busy
   const TreeShape& s = p.shape;
   int first_level = 0;
   bool adds = false;
@@ -87,9 +92,9 @@ void tree_forward_of_part(const TreeForward& p, Queue& queue) {
   if (s.tokens > kFewTokens || first_level > 0) {
     tree_forward_walk<T, 1, 1>(p, first_level, adds, 1, queue);
   } else if (s.input_width * static_cast<int64_t>(sizeof(T)) > kWideRow) {
-    tree_forward_walk<T, 16, 2>(p, 0, false, kBlocks / s.tokens, queue);
+    tree_forward_walk<T, 16, 2>(p, 0, false, kProcessors / s.tokens, queue);
   } else {
-    tree_forward_walk<T, 16, 3>(p, 0, false, kBlocks / s.tokens, queue);
+    tree_forward_walk<T, 16, 3>(p, 0, false, kProcessors / s.tokens, queue);
   }
 }
 
