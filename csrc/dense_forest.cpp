@@ -1,35 +1,70 @@
 #include "dense_forest.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 
-#include "cpu/kernels.h"
+#include "launch.h"
 #include "linear.h"
 
 namespace fff {
 
-bool suits_dense_forest(const TreeForward& p, const at::Tensor& x, bool straight_through) {
-  // Measured, 768 wide: of few tokens only the bytes of the rows count, and of many a walk of 4
-  // levels, which visits 4 of 15 nodes, is as fast as all of them in a product.
+namespace {
+
+// Measured, 768 wide: of few tokens only the bytes of the rows count, and of many a walk of 4
+// levels, which visits 4 of 15 nodes, is as fast as all of them in a product.
+bool suits_on_cpu(const TreeShape& s, const at::Tensor& x) {
   constexpr int64_t few_tokens = 16;
   constexpr int64_t many_tokens = 256;
-  constexpr int64_t least_work = int64_t(1) << 21;
-  const TreeShape& s = p.shape;
-  return x.is_cpu() && x.scalar_type() == at::kFloat && s.leaf_width == 0 &&
-         p.weights.node_output != nullptr && (!straight_through || s.decisions == 0) &&
-         s.tokens * s.trees * s.nodes() * s.input_width >= least_work &&
+  return x.scalar_type() == at::kFloat &&
          (s.levels == 1 ||
           (s.tokens >= few_tokens && (s.levels <= 3 || (s.levels == 4 && s.tokens < many_tokens))));
 }
 
+// Predicted, see docs/cuda.md. Of few tokens each has a multiprocessor that reads the rows of all
+// its paths; of many each tree adds to the output in turn; and without matrix units a walk reads
+// a row for every product that the others make of one.
+bool suits_on_gpu(const TreeForward& p, const at::Tensor& x) {
+  constexpr int64_t few_tokens = 256;
+  constexpr int64_t many_rows = 256;
+  const TreeShape& s = p.shape;
+  if (x.scalar_type() == at::kDouble) {
+    return false;
+  }
+  if (s.tokens <= few_tokens) {
+    return s.levels <= 6 && s.trees * s.levels >= many_rows;
+  }
+  const bool matrix_units = x.scalar_type() != at::kFloat || p.allow_tf32;
+  return matrix_units ? s.trees > 1 && s.levels <= 8 : s.levels <= 7;
+}
+
+// Sums in the accumulation type, whatever the factors are: routes depend on them.
+at::Tensor scores_of_all(const at::Tensor& x, const at::Tensor& node_weight) {
+  return x.scalar_type() == at::kFloat ? at::mm(x, node_weight.t())
+                                       : at::mm(x, node_weight.t(), at::kFloat);
+}
+
+}  // namespace
+
+bool suits_dense_forest(const TreeForward& p, const at::Tensor& x, bool straight_through) {
+  constexpr int64_t least_work = int64_t(1) << 21;
+  const TreeShape& s = p.shape;
+  return s.leaf_width == 0 && p.weights.node_output != nullptr &&
+         (!straight_through || s.decisions == 0) &&
+         s.tokens * s.trees * s.nodes() * s.input_width >= least_work &&
+         (x.is_cpu() ? suits_on_cpu(s, x) : suits_on_gpu(p, x));
+}
+
 at::Tensor dense_forest(const TreeForward& p, const at::Tensor& x, const at::Tensor& node_weight,
                         const OptionalTensor& node_bias, const at::Tensor& node_output) {
-  const at::Tensor scores = linear(x, node_weight, node_bias);
-  const at::Tensor gates = at::empty(scores.sizes(), scores.options());
+  const at::Tensor scores =
+      x.is_cpu() ? linear(x, node_weight, node_bias) : scores_of_all(x, node_weight);
+  const at::Tensor gates = at::empty(scores.sizes(), x.options());
   PathGates paths = {};
   paths.forward = p;
   paths.all_scores = scores.const_data_ptr<float>();
-  paths.gates = gates.data_ptr<float>();
-  cpu::kernels().path_gates(paths);
+  paths.bias = x.is_cpu() ? nullptr : p.weights.node_bias;
+  paths.gates = gates.data_ptr();
+  launch("fff::tree", x, paths, &cpu::Kernels::path_gates, FFF_CUDA_KERNEL(path_gates));
   return linear(gates, node_output.t(), {});
 }
 
@@ -45,10 +80,11 @@ DenseForestGradients dense_forest_backward(const TreeBackward& p, const at::Tens
   paths.scores = static_cast<const float*>(p.scores);
   paths.leaf = p.leaf;
   paths.grad_scores = static_cast<const float*>(p.grad_scores);
-  paths.grad_gates = grad_gates.const_data_ptr<float>();
-  paths.gates = gates.data_ptr<float>();
-  paths.grad_all_scores = grad_scores.data_ptr<float>();
-  cpu::kernels().path_gates_backward(paths);
+  paths.grad_gates = grad_gates.const_data_ptr();
+  paths.gates = gates.data_ptr();
+  paths.grad_all_scores = grad_scores.data_ptr();
+  launch("fff::tree_backward", x, paths, &cpu::Kernels::path_gates_backward,
+         FFF_CUDA_KERNEL(path_gates_backward));
   auto [of_x, of_weight, of_bias] =
       linear_backward(grad_scores, x, node_weight, {wants_x, wants_nodes, wants_nodes});
   const at::Tensor of_output = std::get<1>(

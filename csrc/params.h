@@ -111,18 +111,19 @@ struct TreeBackward {
   }
 };
 
-// The paths of a forest whose neurons were all scored; float32.
+// The paths of a forest whose neurons were all scored; not float64, and on the CPU float32.
 struct PathGates {
   TreeForward forward;  // shape, noise, activation; in the forward pass scores and leaf are outputs
   // forward
   const float* all_scores;  // [tokens, trees, nodes]
-  float* gates;             // [tokens, trees, nodes], 0 off the paths; written by both passes
+  const void* bias;         // [trees, nodes] that all_scores lack, or null; CUDA alone
+  void* gates;              // [tokens, trees, nodes], 0 off the paths; written by both passes
   // backward
   const float* scores;       // [tokens, trees, levels]
   const int64_t* leaf;       // [tokens, trees]
   const float* grad_scores;  // [tokens, trees, levels] or null
-  const float* grad_gates;   // [tokens, trees, nodes]
-  float* grad_all_scores;    // [tokens, trees, nodes]
+  const void* grad_gates;    // [tokens, trees, nodes]
+  void* grad_all_scores;     // [tokens, trees, nodes]
 };
 
 struct LeafMixture {

@@ -24,5 +24,7 @@ extern const Kernel<LeafMixture> leaf_mixture;
 extern const Kernel<LeafMixture> leaf_mixture_backward;
 extern const Kernel<GatedActivation> gated_activation;
 extern const Kernel<GatedActivation> gated_activation_backward;
+extern const Kernel<PathGates> path_gates;
+extern const Kernel<PathGates> path_gates_backward;
 
 }  // namespace fff::cuda

@@ -26,7 +26,7 @@ inline void path_gates(const PathGates& p) {
   at::parallel_for(0, s.tokens, 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const float* all = p.all_scores + token * neurons;
-      float* gates = p.gates + token * neurons;
+      float* gates = static_cast<float*>(p.gates) + token * neurons;
       activate_all(p.forward.node_activation, all, neurons, gates);
       float* scores = static_cast<float*>(p.forward.scores) + token * s.trees * s.levels;
       int64_t* leaves = p.forward.leaf + token * s.trees;
@@ -61,9 +61,9 @@ inline void path_gates_backward(const PathGates& p) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t offset = token * s.trees * s.levels;
       activate_all(p.forward.node_activation, p.scores + offset, s.trees * s.levels, gates, slopes);
-      float* all_gates = p.gates + token * neurons;
-      float* grads = p.grad_all_scores + token * neurons;
-      const float* grad_gates = p.grad_gates + token * neurons;
+      float* all_gates = static_cast<float*>(p.gates) + token * neurons;
+      float* grads = static_cast<float*>(p.grad_all_scores) + token * neurons;
+      const float* grad_gates = static_cast<const float*>(p.grad_gates) + token * neurons;
       std::fill_n(all_gates, neurons, 0.0f);
       std::fill_n(grads, neurons, 0.0f);
       for (int64_t tree = 0; tree < s.trees; ++tree) {

@@ -8,10 +8,13 @@
 #include <limits>
 #include <random>
 #include <sstream>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../../cuda/gated_activation.cuh"
 #include "../../cuda/leaf_mixture.cuh"
+#include "../../cuda/path_gates.cuh"
 #include "../../cuda/tree_backward.cuh"
 #include "cpu/kernels.h"
 #include "cuda_host.h"
@@ -301,6 +304,91 @@ TYPED_TEST(CudaHost, TreeBackwardStaysInsideForAnyLeaf) {
   TreeProblem<TypeParam> problem({.levels = 3, .leaf_width = 2, .node_output = true});
   check_backward(problem, int64_t(1) << 40);
   check_backward(problem, -3);
+}
+
+// Scores, slopes and gates of all nodes, against the CPU's of float32.
+TYPED_TEST(CudaHost, PathGates) {
+  using T = TypeParam;
+  if constexpr (!std::is_same_v<T, double>) {
+    for (const auto& [levels, trees, tokens] :
+         {std::tuple{1, 3, 13}, {3, 1, 33}, {5, 7, 20}, {6, 2, 70}}) {
+      SCOPED_TRACE(testing::Message()
+                   << levels << " levels, " << trees << " trees, " << tokens << " tokens");
+      const bool plain = levels == 3;  // without what is optional
+      PathGates p = {};
+      p.forward.shape = {.tokens = tokens,
+                         .input_width = 1,
+                         .output_width = 1,
+                         .trees = trees,
+                         .leaf_width = 0,
+                         .levels = levels,
+                         .decisions = levels - 1};
+      const TreeShape& s = p.forward.shape;
+      const int64_t pairs = s.tokens * s.trees, all = pairs * s.nodes();
+      auto all_scores = random_values<float>(all), biased = all_scores;
+      auto bias = random_values<T>(s.trees * s.nodes(), !plain);
+      auto noise = random_values<float>(pairs * s.levels, !plain);
+      auto grad_scores = random_values<float>(pairs * s.levels, !plain);
+      auto grad_gates = random_values<T>(all);
+      const std::vector<float> wide_grad_gates(grad_gates.begin(), grad_gates.end());
+      for (int64_t i = 0; i < all && !plain; ++i) {
+        biased[i] += static_cast<float>(bias[i % (s.trees * s.nodes())]);
+      }
+      p.forward.tie_right = plain;
+      p.forward.node_activation = Activation::kGelu;
+      p.forward.noise = data_or_null(noise);
+      p.grad_scores = data_or_null(grad_scores);
+
+      struct Results {
+        std::vector<float> scores;
+        std::vector<int64_t> leaf;
+        std::vector<T> gates, again, grads;
+      };
+      // W: what numbers other than scores are made of.
+      const auto run = [&]<typename W>(W undefined, const auto& forward, const auto& backward) {
+        std::vector<float> scores(pairs * s.levels, NAN);
+        std::vector<int64_t> leaf(pairs, -1);
+        std::vector<W> gates(all, undefined), again = gates, grads = gates;
+        PathGates own = p;
+        own.forward.dtype = kDType<W>;
+        own.forward.scores = scores.data();
+        own.forward.leaf = leaf.data();
+        own.gates = gates.data();
+        forward(own);
+        for (int64_t& l : leaf) {
+          l += int64_t(1) << 40;  // its low bits count
+        }
+        own.scores = scores.data();
+        own.leaf = leaf.data();
+        own.gates = again.data();
+        own.grad_all_scores = grads.data();
+        backward(own);
+        const auto rounded = [](const std::vector<W>& v) {
+          return std::vector<T>(v.begin(), v.end());
+        };
+        return Results{scores, leaf, rounded(gates), rounded(again), rounded(grads)};
+      };
+      p.all_scores = biased.data();
+      p.grad_gates = wide_grad_gates.data();
+      const Results want =
+          run(std::nanf(""), cpu::kernels().path_gates, cpu::kernels().path_gates_backward);
+      p.all_scores = all_scores.data();
+      p.bias = data_or_null(bias);
+      p.grad_gates = grad_gates.data();
+      for (const cuda::Order order : cuda::kOrders) {
+        HostQueue queue(order);
+        const Results got = run(
+            static_cast<T>(NAN),
+            [&](const PathGates& own) { cuda::pipeline::path_gates<T>(own, queue); },
+            [&](const PathGates& own) { cuda::pipeline::path_gates_backward<T>(own, queue); });
+        EXPECT_EQ(got.scores, want.scores);
+        EXPECT_EQ(got.leaf, want.leaf);
+        expect_close(got.gates, want.gates, "gates");
+        expect_close(got.again, want.again, "gates, once more");
+        expect_close(got.grads, want.grads, "gradients");
+      }
+    }
+  }
 }
 
 TYPED_TEST(CudaHost, LeafMixture) {

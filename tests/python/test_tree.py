@@ -58,6 +58,8 @@ NEURONS = [
     {"levels": 2, "trees": 90, "tokens": (20,), "width": 400, "tie_right": False},
     {"levels": 3, "trees": 40, "tokens": (20,), "width": 400, "noise": True, "contiguous": False},
     {"levels": 4, "trees": 20, "tokens": (20,), "width": 400, "node_bias": False},
+    # The same on a GPU.
+    {"levels": 5, "trees": 4, "tokens": (300,), "width": 100, "noise": True},
     {"levels": 4, "trees": 4, "tokens": (300,), "width": 120},
     {"levels": 2, "trees": 200, "tokens": (15,), "width": 400},
 ]

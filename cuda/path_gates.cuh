@@ -1,0 +1,167 @@
+// The gates of all neurons of a forest, of which those on the paths are not 0, from scores that
+// were products of all of them; and back.
+//
+// A warp has 32 pairs of a token and a tree, whose neurons lie side by side. Each lane walks the
+// path of one pair, then all write the neurons of all pairs in chunks.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fff::cuda {
+
+// Some values on the paths of a warp's pairs, in shared memory.
+template <typename T, int kValues>
+class WarpPaths {
+ public:
+  static constexpr int kWarps = 4;  // of a block
+  static constexpr int kThreads = kWarps * kWarpSize;
+
+  static int64_t blocks(const TreeShape& s) {
+    return (s.tokens * s.trees + kThreads - 1) / kThreads;
+  }
+  static int64_t shared_bytes(const TreeShape& s) { return kWarps * floats(s) * sizeof(float); }
+
+  FFF_DEVICE WarpPaths(const TreeShape& s, int64_t block)
+      : s_(s),
+        first_((block * kWarps + warp_index()) * kWarpSize),
+        leaves_(reinterpret_cast<int*>(shared_memory()) + warp_index() * floats(s)),
+        values_(reinterpret_cast<float*>(leaves_ + kWarpSize)) {}
+
+  // This lane's pair, if it exists.
+  FFF_DEVICE int64_t pair() const { return first_ + lane_index(); }
+  FFF_DEVICE bool exists() const { return pair() < s_.tokens * s_.trees; }
+
+  FFF_DEVICE void set_leaf(int64_t leaf) { leaves_[lane_index()] = static_cast<int>(leaf); }
+  FFF_DEVICE void set(int which, int level, float value) {
+    values_[(which * s_.levels + level) * kWarpSize + lane_index()] = value;
+  }
+
+  // Value `which` of all nodes, 0 off the paths, to [pairs, nodes]; called by the whole warp.
+  FFF_DEVICE void write(int which, void* all) const {
+    const int64_t left = s_.tokens * s_.trees - first_;
+    const int nodes = static_cast<int>(s_.nodes());
+    const int count = static_cast<int>(left < kWarpSize ? left : kWarpSize) * nodes;
+    const float* const values = values_ + which * s_.levels * kWarpSize;
+    T* const to = static_cast<T*>(all) + first_ * nodes;
+    const bool aligned = is_aligned(all, 0);
+    for (int c = lane_index() * kPerChunk<T>; c < count; c += kWarpSize * kPerChunk<T>) {
+      int own = c / nodes, node = c % nodes;
+      Elements<T> e;
+      FFF_UNROLL
+      for (int i = 0; i < kPerChunk<T>; ++i) {
+        float value = 0.0f;
+        if (c + i < count) {
+          const int level = highest_bit(static_cast<uint32_t>(node) + 1);
+          const int position = node + 1 - (1 << level);
+          if (leaves_[own] >> (s_.decisions - level) == position) {
+            value = values[level * kWarpSize + own];
+          }
+        }
+        e.values[i] = static_cast<T>(value);
+        if (++node == nodes) {
+          node = 0;
+          ++own;
+        }
+      }
+      e.store(to + c, count - c, aligned);
+    }
+  }
+
+ private:
+  FFF_HOST_DEVICE static int64_t floats(const TreeShape& s) {
+    return (1 + kValues * s.levels) * kWarpSize;
+  }
+
+  const TreeShape& s_;
+  int64_t first_;
+  int* leaves_;
+  float* values_;
+};
+
+template <typename T>
+struct PathGatesForward {
+  using Paths = WarpPaths<T, 1>;
+  static constexpr int kThreads = Paths::kThreads;
+  static constexpr int kBlocksPerProcessor = 1;
+  PathGates p;
+
+  FFF_DEVICE void operator()(int64_t block) const {
+    const TreeForward& f = p.forward;
+    const TreeShape& s = f.shape;
+    Paths paths(s, block);
+    if (paths.exists()) {
+      const int64_t pair = paths.pair();
+      const float* const all = p.all_scores + pair * s.nodes();
+      const T* const bias = static_cast<const T*>(p.bias);
+      int64_t position = 0;
+      for (int level = 0; level < s.levels; ++level) {
+        const int64_t node = (int64_t(1) << level) - 1 + position;
+        const int64_t i = pair * s.levels + level;
+        const float score =
+            all[node] + (bias ? static_cast<float>(bias[pair % s.trees * s.nodes() + node]) : 0.0f);
+        static_cast<float*>(f.scores)[i] = score;
+        paths.set(0, level, activate(f.node_activation, score));
+        if (level < s.decisions) {
+          const float z = f.noise ? score + static_cast<const float*>(f.noise)[i] : score;
+          position = 2 * position + (f.tie_right ? z >= 0.0f : z > 0.0f);
+        }
+      }
+      f.leaf[pair] = position;
+      paths.set_leaf(position);
+    }
+    sync_warp();
+    paths.write(0, p.gates);
+  }
+};
+
+template <typename T>
+struct PathGatesBackward {
+  using Paths = WarpPaths<T, 2>;
+  static constexpr int kThreads = Paths::kThreads;
+  static constexpr int kBlocksPerProcessor = 1;
+  PathGates p;
+
+  FFF_DEVICE void operator()(int64_t block) const {
+    const TreeShape& s = p.forward.shape;
+    Paths paths(s, block);
+    if (paths.exists()) {
+      const int64_t pair = paths.pair();
+      const int64_t leaf = s.inside(p.leaf[pair]);
+      const T* const grad_gates = static_cast<const T*>(p.grad_gates) + pair * s.nodes();
+      for (int level = 0; level < s.levels; ++level) {
+        const int64_t i = pair * s.levels + level;
+        const float score = p.scores[i];
+        const float grad = static_cast<float>(grad_gates[s.node_on_path(leaf, level)]) *
+                           activation_slope(p.forward.node_activation, score);
+        paths.set(0, level, activate(p.forward.node_activation, score));
+        paths.set(1, level, p.grad_scores ? grad + p.grad_scores[i] : grad);
+      }
+      paths.set_leaf(leaf);
+    }
+    sync_warp();
+    paths.write(0, p.gates);
+    paths.write(1, p.grad_all_scores);
+  }
+};
+
+namespace pipeline {
+
+template <typename Body, typename Queue>
+void launch_path_gates(const PathGates& p, Queue& queue) {
+  const TreeShape& s = p.forward.shape;
+  queue.launch(Body{p}, Body::Paths::blocks(s), Body::Paths::shared_bytes(s));
+}
+
+template <typename T, typename Queue>
+void path_gates(const PathGates& p, Queue& queue) {
+  launch_path_gates<PathGatesForward<T>>(p, queue);
+}
+
+template <typename T, typename Queue>
+void path_gates_backward(const PathGates& p, Queue& queue) {
+  launch_path_gates<PathGatesBackward<T>>(p, queue);
+}
+
+}  // namespace pipeline
+
+}  // namespace fff::cuda
