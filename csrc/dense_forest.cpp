@@ -37,10 +37,9 @@ bool suits_on_gpu(const TreeForward& p, const at::Tensor& x) {
   return matrix_units ? s.trees > 1 && s.levels <= 8 : s.levels <= 7;
 }
 
-// Sums in the accumulation type, whatever the factors are: routes depend on them.
-at::Tensor scores_of_all(const at::Tensor& x, const at::Tensor& node_weight) {
-  return x.scalar_type() == at::kFloat ? at::mm(x, node_weight.t())
-                                       : at::mm(x, node_weight.t(), at::kFloat);
+// x weight^T on a GPU, in float32 whatever the factors are: routes depend on them.
+at::Tensor float_product(const at::Tensor& x, const at::Tensor& weight) {
+  return x.scalar_type() == at::kFloat ? at::mm(x, weight.t()) : at::mm(x, weight.t(), at::kFloat);
 }
 
 }  // namespace
@@ -49,18 +48,18 @@ bool suits_dense_forest(const TreeForward& p, const at::Tensor& x, bool straight
   constexpr int64_t least_work = int64_t(1) << 21;
   const TreeShape& s = p.shape;
   return s.leaf_width == 0 && p.weights.node_output != nullptr &&
-         (!straight_through || s.decisions == 0) &&
          s.tokens * s.trees * s.nodes() * s.input_width >= least_work &&
-         (x.is_cpu() ? suits_on_cpu(s, x) : suits_on_gpu(p, x));
+         (x.is_cpu() ? suits_on_cpu(s, x) && (!straight_through || s.decisions == 0)
+                     : suits_on_gpu(p, x));
 }
 
 at::Tensor dense_forest(const TreeForward& p, const at::Tensor& x, const at::Tensor& node_weight,
                         const OptionalTensor& node_bias, const at::Tensor& node_output) {
   const at::Tensor scores =
-      x.is_cpu() ? linear(x, node_weight, node_bias) : scores_of_all(x, node_weight);
+      x.is_cpu() ? linear(x, node_weight, node_bias) : float_product(x, node_weight);
   const at::Tensor gates = at::empty(scores.sizes(), x.options());
   PathGates paths = {};
-  paths.forward = p;
+  paths.tree.forward = p;
   paths.all_scores = scores.const_data_ptr<float>();
   paths.bias = x.is_cpu() ? nullptr : p.weights.node_bias;
   paths.gates = gates.data_ptr();
@@ -72,16 +71,20 @@ DenseForestGradients dense_forest_backward(const TreeBackward& p, const at::Tens
                                            const at::Tensor& x, const at::Tensor& node_weight,
                                            const at::Tensor& node_output, bool wants_x,
                                            bool wants_nodes) {
-  const at::Tensor grad_gates = linear(grad_output, node_output, {});
+  const at::Tensor grad_gates =
+      x.is_cpu() ? linear(grad_output, node_output, {}) : float_product(grad_output, node_output);
   const at::Tensor gates = at::empty(grad_gates.sizes(), x.options());
   const at::Tensor grad_scores = at::empty(grad_gates.sizes(), x.options());
+  at::Tensor scores;
   PathGates paths = {};
-  paths.forward = p.forward;
-  paths.scores = static_cast<const float*>(p.scores);
-  paths.leaf = p.leaf;
-  paths.grad_scores = static_cast<const float*>(p.grad_scores);
-  paths.grad_gates = grad_gates.const_data_ptr();
+  paths.tree = p;
+  if (p.straight_through) {
+    scores = float_product(x, node_weight);
+    paths.all_scores = scores.const_data_ptr<float>();
+    paths.bias = p.forward.weights.node_bias;
+  }
   paths.gates = gates.data_ptr();
+  paths.grad_gates = grad_gates.const_data_ptr<float>();
   paths.grad_all_scores = grad_scores.data_ptr();
   launch("fff::tree_backward", x, paths, &cpu::Kernels::path_gates_backward,
          FFF_CUDA_KERNEL(path_gates_backward));

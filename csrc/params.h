@@ -111,19 +111,17 @@ struct TreeBackward {
   }
 };
 
-// The paths of a forest whose neurons were all scored; not float64, and on the CPU float32.
+// The paths of a forest of neuron trees that were all scored; not float64, and on the CPU float32.
 struct PathGates {
-  TreeForward forward;  // shape, noise, activation; in the forward pass scores and leaf are outputs
-  // forward
-  const float* all_scores;  // [tokens, trees, nodes]
+  // Its outputs are those of `forward` but for `output`, in the forward pass; in the backward pass
+  // it has none. Straight-through routing is for CUDA alone.
+  TreeBackward tree;
+  const float* all_scores;  // [tokens, trees, nodes]; in the backward pass if straight_through
   const void* bias;         // [trees, nodes] that all_scores lack, or null; CUDA alone
   void* gates;              // [tokens, trees, nodes], 0 off the paths; written by both passes
   // backward
-  const float* scores;       // [tokens, trees, levels]
-  const int64_t* leaf;       // [tokens, trees]
-  const float* grad_scores;  // [tokens, trees, levels] or null
-  const void* grad_gates;    // [tokens, trees, nodes]
-  void* grad_all_scores;     // [tokens, trees, nodes]
+  const float* grad_gates;  // [tokens, trees, nodes]
+  void* grad_all_scores;    // [tokens, trees, nodes]
 };
 
 struct LeafMixture {

@@ -18,12 +18,12 @@ void dispatch_floats(DType dtype, const F& f) {
 }  // namespace
 
 const Kernel<PathGates> path_gates = kernel<PathGates>([](const auto& p, auto& queue) {
-  dispatch_floats(p.forward.dtype,
+  dispatch_floats(p.tree.forward.dtype,
                   [&](auto zero) { pipeline::path_gates<decltype(zero)>(p, queue); });
 });
 
 const Kernel<PathGates> path_gates_backward = kernel<PathGates>([](const auto& p, auto& queue) {
-  dispatch_floats(p.forward.dtype,
+  dispatch_floats(p.tree.forward.dtype,
                   [&](auto zero) { pipeline::path_gates_backward<decltype(zero)>(p, queue); });
 });
 

@@ -5,6 +5,7 @@
 // path of one pair, then all write the neurons of all pairs in chunks.
 #pragma once
 
+#include "decision.h"
 #include "rows.cuh"
 
 namespace fff::cuda {
@@ -78,6 +79,34 @@ class WarpPaths {
   float* values_;
 };
 
+// A pair's scores and decisions, from the scores of all nodes.
+template <typename T>
+class AllScores {
+ public:
+  FFF_DEVICE AllScores(const PathGates& p, int64_t pair)
+      : f_(p.tree.forward),
+        scores_(p.all_scores + pair * f_.shape.nodes()),
+        bias_(p.bias ? static_cast<const T*>(p.bias) + pair % f_.shape.trees * f_.shape.nodes()
+                     : nullptr),
+        noise_(f_.noise ? static_cast<const float*>(f_.noise) + pair * f_.shape.levels : nullptr) {}
+
+  FFF_DEVICE float operator[](int64_t node) const {
+    return scores_[node] + (bias_ ? static_cast<float>(bias_[node]) : 0.0f);
+  }
+
+  // Below a node at `position` that decides.
+  FFF_DEVICE int64_t next(int64_t position, int level, float score) const {
+    const float z = noise_ ? score + noise_[level] : score;
+    return 2 * position + (f_.tie_right ? z >= 0.0f : z > 0.0f);
+  }
+
+ private:
+  const TreeForward& f_;
+  const float* scores_;
+  const T* bias_;
+  const float* noise_;
+};
+
 template <typename T>
 struct PathGatesForward {
   using Paths = WarpPaths<T, 1>;
@@ -86,24 +115,19 @@ struct PathGatesForward {
   PathGates p;
 
   FFF_DEVICE void operator()(int64_t block) const {
-    const TreeForward& f = p.forward;
+    const TreeForward& f = p.tree.forward;
     const TreeShape& s = f.shape;
     Paths paths(s, block);
     if (paths.exists()) {
       const int64_t pair = paths.pair();
-      const float* const all = p.all_scores + pair * s.nodes();
-      const T* const bias = static_cast<const T*>(p.bias);
+      const AllScores<T> all(p, pair);
       int64_t position = 0;
       for (int level = 0; level < s.levels; ++level) {
-        const int64_t node = (int64_t(1) << level) - 1 + position;
-        const int64_t i = pair * s.levels + level;
-        const float score =
-            all[node] + (bias ? static_cast<float>(bias[pair % s.trees * s.nodes() + node]) : 0.0f);
-        static_cast<float*>(f.scores)[i] = score;
+        const float score = all[(int64_t(1) << level) - 1 + position];
+        static_cast<float*>(f.scores)[pair * s.levels + level] = score;
         paths.set(0, level, activate(f.node_activation, score));
         if (level < s.decisions) {
-          const float z = f.noise ? score + static_cast<const float*>(f.noise)[i] : score;
-          position = 2 * position + (f.tie_right ? z >= 0.0f : z > 0.0f);
+          position = all.next(position, level, score);
         }
       }
       f.leaf[pair] = position;
@@ -122,25 +146,59 @@ struct PathGatesBackward {
   PathGates p;
 
   FFF_DEVICE void operator()(int64_t block) const {
-    const TreeShape& s = p.forward.shape;
+    const TreeShape& s = p.tree.forward.shape;
     Paths paths(s, block);
     if (paths.exists()) {
-      const int64_t pair = paths.pair();
-      const int64_t leaf = s.inside(p.leaf[pair]);
-      const T* const grad_gates = static_cast<const T*>(p.grad_gates) + pair * s.nodes();
-      for (int level = 0; level < s.levels; ++level) {
-        const int64_t i = pair * s.levels + level;
-        const float score = p.scores[i];
-        const float grad = static_cast<float>(grad_gates[s.node_on_path(leaf, level)]) *
-                           activation_slope(p.forward.node_activation, score);
-        paths.set(0, level, activate(p.forward.node_activation, score));
-        paths.set(1, level, p.grad_scores ? grad + p.grad_scores[i] : grad);
-      }
+      const int64_t leaf = s.inside(p.tree.leaf[paths.pair()]);
+      score_gradients(leaf, paths);
       paths.set_leaf(leaf);
     }
     sync_warp();
     paths.write(0, p.gates);
     paths.write(1, p.grad_all_scores);
+  }
+
+ private:
+  // From the leaf up, so that what the taken side of each decision contributes is at hand there.
+  FFF_DEVICE void score_gradients(int64_t leaf, Paths& paths) const {
+    const TreeBackward& t = p.tree;
+    const TreeShape& s = t.forward.shape;
+    const int64_t pair = paths.pair();
+    const float* const along_all = p.grad_gates + pair * s.nodes();
+    float taken = 0.0f;
+    for (int level = s.levels - 1; level >= 0; --level) {
+      const int64_t i = pair * s.levels + level;
+      const float score = static_cast<const float*>(t.scores)[i];
+      float grad = t.grad_scores ? static_cast<const float*>(t.grad_scores)[i] : 0.0f;
+      const bool decides = t.straight_through && level < s.decisions;
+      const float slope = decides ? decision_slope(t, score, i) : 0.0f;
+      if (slope != 0.0f) {
+        const float other = other_value(pair, leaf, level, along_all);
+        grad += slope * (s.turns_right(leaf, level) ? taken - other : other - taken);
+      }
+      const float along = along_all[s.node_on_path(leaf, level)];
+      const float gate = activate(t.forward.node_activation, score);
+      grad += along * activation_slope(t.forward.node_activation, score);
+      taken += gate * along;
+      paths.set(0, level, gate);
+      paths.set(1, level, grad);
+    }
+  }
+
+  // <gradient of the output, contribution> of the child not taken at `level`, descended hard.
+  FFF_DEVICE float other_value(int64_t pair, int64_t leaf, int level,
+                               const float* along_all) const {
+    const TreeForward& f = p.tree.forward;
+    const AllScores<T> all(p, pair);
+    int64_t position = (leaf >> (f.shape.decisions - 1 - level)) ^ 1;
+    float value = 0.0f;
+    for (++level; level < f.shape.levels; ++level) {
+      const int64_t node = (int64_t(1) << level) - 1 + position;
+      const float score = all[node];
+      value += activate(f.node_activation, score) * along_all[node];
+      position = all.next(position, level, score);  // beyond the last level nobody asks for it
+    }
+    return value;
   }
 };
 
@@ -148,7 +206,7 @@ namespace pipeline {
 
 template <typename Body, typename Queue>
 void launch_path_gates(const PathGates& p, Queue& queue) {
-  const TreeShape& s = p.forward.shape;
+  const TreeShape& s = p.tree.forward.shape;
   queue.launch(Body{p}, Body::Paths::blocks(s), Body::Paths::shared_bytes(s));
 }
 

@@ -306,7 +306,7 @@ TYPED_TEST(CudaHost, TreeBackwardStaysInsideForAnyLeaf) {
   check_backward(problem, -3);
 }
 
-// Scores, slopes and gates of all nodes, against the CPU's of float32.
+// Against the CPU's, of float32.
 TYPED_TEST(CudaHost, PathGates) {
   using T = TypeParam;
   if constexpr (!std::is_same_v<T, double>) {
@@ -316,28 +316,27 @@ TYPED_TEST(CudaHost, PathGates) {
                    << levels << " levels, " << trees << " trees, " << tokens << " tokens");
       const bool plain = levels == 3;  // without what is optional
       PathGates p = {};
-      p.forward.shape = {.tokens = tokens,
-                         .input_width = 1,
-                         .output_width = 1,
-                         .trees = trees,
-                         .leaf_width = 0,
-                         .levels = levels,
-                         .decisions = levels - 1};
-      const TreeShape& s = p.forward.shape;
+      p.tree.forward.shape = {.tokens = tokens,
+                              .input_width = 1,
+                              .output_width = 1,
+                              .trees = trees,
+                              .leaf_width = 0,
+                              .levels = levels,
+                              .decisions = levels - 1};
+      const TreeShape& s = p.tree.forward.shape;
       const int64_t pairs = s.tokens * s.trees, all = pairs * s.nodes();
       auto all_scores = random_values<float>(all), biased = all_scores;
       auto bias = random_values<T>(s.trees * s.nodes(), !plain);
       auto noise = random_values<float>(pairs * s.levels, !plain);
       auto grad_scores = random_values<float>(pairs * s.levels, !plain);
-      auto grad_gates = random_values<T>(all);
-      const std::vector<float> wide_grad_gates(grad_gates.begin(), grad_gates.end());
+      const auto grad_gates = random_values<float>(all);
       for (int64_t i = 0; i < all && !plain; ++i) {
         biased[i] += static_cast<float>(bias[i % (s.trees * s.nodes())]);
       }
-      p.forward.tie_right = plain;
-      p.forward.node_activation = Activation::kGelu;
-      p.forward.noise = data_or_null(noise);
-      p.grad_scores = data_or_null(grad_scores);
+      p.tree.forward.tie_right = plain;
+      p.tree.forward.node_activation = Activation::kGelu;
+      p.tree.forward.noise = data_or_null(noise);
+      p.tree.grad_scores = data_or_null(grad_scores);
 
       struct Results {
         std::vector<float> scores;
@@ -350,16 +349,16 @@ TYPED_TEST(CudaHost, PathGates) {
         std::vector<int64_t> leaf(pairs, -1);
         std::vector<W> gates(all, undefined), again = gates, grads = gates;
         PathGates own = p;
-        own.forward.dtype = kDType<W>;
-        own.forward.scores = scores.data();
-        own.forward.leaf = leaf.data();
+        own.tree.forward.dtype = kDType<W>;
+        own.tree.forward.scores = scores.data();
+        own.tree.forward.leaf = leaf.data();
         own.gates = gates.data();
         forward(own);
         for (int64_t& l : leaf) {
           l += int64_t(1) << 40;  // its low bits count
         }
-        own.scores = scores.data();
-        own.leaf = leaf.data();
+        own.tree.scores = scores.data();
+        own.tree.leaf = leaf.data();
         own.gates = again.data();
         own.grad_all_scores = grads.data();
         backward(own);
@@ -369,12 +368,11 @@ TYPED_TEST(CudaHost, PathGates) {
         return Results{scores, leaf, rounded(gates), rounded(again), rounded(grads)};
       };
       p.all_scores = biased.data();
-      p.grad_gates = wide_grad_gates.data();
+      p.grad_gates = grad_gates.data();
       const Results want =
           run(std::nanf(""), cpu::kernels().path_gates, cpu::kernels().path_gates_backward);
       p.all_scores = all_scores.data();
       p.bias = data_or_null(bias);
-      p.grad_gates = grad_gates.data();
       for (const cuda::Order order : cuda::kOrders) {
         HostQueue queue(order);
         const Results got = run(
@@ -387,6 +385,49 @@ TYPED_TEST(CudaHost, PathGates) {
         expect_close(got.again, want.again, "gates, once more");
         expect_close(got.grads, want.grads, "gradients");
       }
+    }
+  }
+}
+
+// Of one token, whose gradients of biases are those of all scores.
+TYPED_TEST(CudaHost, PathGatesOfStraightThroughRoutes) {
+  using T = TypeParam;
+  if constexpr (!std::is_same_v<T, double>) {
+    for (const double min_slope : {0.0, 0.6}) {
+      TreeProblem<T> problem({.levels = 5,
+                              .leaf_width = 0,
+                              .node_output = true,
+                              .trees = 40,
+                              .tokens = 1,
+                              .min_slope = min_slope});
+      auto routes = problem.run_forward(7, true, cpu::kernels().tree_forward);
+      problem.run_backward(7, 0.0f, routes, [&](const TreeBackward& p) {
+        cpu::kernels().tree_backward(p);
+        const TreeShape& s = p.forward.shape;
+        const int64_t all = s.trees * s.nodes();
+        const auto products = [&](const void* rows, const void* vector, int64_t width) {
+          std::vector<float> sums(all);
+          for (int64_t i = 0; i < all * width; ++i) {
+            sums[i / width] += static_cast<float>(static_cast<const T*>(rows)[i]) *
+                               static_cast<float>(static_cast<const T*>(vector)[i % width]);
+          }
+          return sums;
+        };
+        const auto scores = products(p.forward.weights.node_weight, p.forward.x, s.input_width);
+        const auto alongs = products(p.forward.weights.node_output, p.grad_output, s.output_width);
+        std::vector<T> gates(all), got(all, static_cast<T>(NAN));
+        PathGates paths = {};
+        paths.tree = p;
+        paths.all_scores = scores.data();
+        paths.bias = p.forward.weights.node_bias;
+        paths.gates = gates.data();
+        paths.grad_gates = alongs.data();
+        paths.grad_all_scores = got.data();
+        HostQueue queue(cuda::Order::kRandom);
+        cuda::pipeline::path_gates_backward<T>(paths, queue);
+        const float* want = static_cast<const float*>(p.grad_node_bias);
+        expect_close(got, std::vector<T>(want, want + all), "gradients");
+      });
     }
   }
 }
