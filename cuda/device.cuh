@@ -19,12 +19,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FFF_DEVICE __device__
-#define FFF_UNROLL _Pragma("unroll")         // so that arrays of the loop become registers
-#define FFF_UNROLL_BY_4 _Pragma("unroll 4")  // so that as many loads are under way
+#define FFF_UNROLL _Pragma("unroll")  // so that arrays of the loop become registers
+#define FFF_PRAGMA(text) _Pragma(#text)
+#define FFF_UNROLL_BY(count) FFF_PRAGMA(unroll count)  // so that as many loads are under way
 #else
 #define FFF_DEVICE
 #define FFF_UNROLL
-#define FFF_UNROLL_BY_4
+#define FFF_UNROLL_BY(count)
 #endif
 
 namespace fff::cuda {

@@ -45,8 +45,10 @@ struct Grouping {
   FFF_DEVICE int64_t tree(int64_t group) const { return group >> level; }
   // Of the node among those of its level.
   FFF_DEVICE int64_t position(int64_t group) const { return group - (tree(group) << level); }
-  FFF_DEVICE int64_t token(int64_t pair) const {
-    return order ? order[pair] : static_cast<uint32_t>(pair) % static_cast<uint32_t>(tokens);
+  // Of a tile's pair.
+  FFF_DEVICE int64_t token(const Tile& tile, int row) const {
+    const int64_t pair = tile.first + row;
+    return order ? order[pair] : pair - tile.group * tokens;
   }
 
   // First of a group's pairs; for `groups()`, how many pairs there are.
@@ -170,7 +172,7 @@ struct Regroup {
       const int place = children.places[tile.first + i];
       if (place != Children::kNowhere) {
         order[begins[place / kTileTokens] + place % kTileTokens] =
-            static_cast<int32_t>(from.token(tile.first + i));
+            static_cast<int32_t>(from.token(tile, i));
       }
     }
     if (tile.in_group == 0 && i < children.children()) {
@@ -192,7 +194,7 @@ struct Regroup {
       const int32_t* const counts =
           children.counts + tile.group_begin * count + child * tile.group_tiles;
       int32_t total = 0, before = 0;
-      FFF_UNROLL_BY_4
+      FFF_UNROLL_BY(4)
       for (int64_t j = lane_index(); j < tile.group_tiles; j += kWarpSize) {
         const int32_t pairs = counts[j];
         total += pairs;

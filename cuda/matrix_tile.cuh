@@ -13,23 +13,34 @@ inline constexpr int kTileRows = 128;
 inline constexpr int kTileThreads = 256;
 inline constexpr int kRowPad = 16;  // bytes
 
-// Copies 16 bytes of a row of `width` elements, from element `column` on, to shared memory; what is
-// outside of the row, and a row that is null, reads as 0. Seen after a wait for copies and a
-// barrier.
+// The 16 bytes of rows of `width` elements that begin at element `column`.
 template <typename T>
-FFF_DEVICE void stage_chunk(unsigned char* shared, const T* row, int64_t column, int64_t width,
-                            bool aligned) {
-  const int64_t inside = row && column < width ? width - column : 0;
-  const int count = inside < kPerChunk<T> ? static_cast<int>(inside) : kPerChunk<T>;
-  if (aligned) {
-    copy_async(shared, count > 0 ? row + column : row, count * static_cast<int>(sizeof(T)));
-    return;
+struct RowChunk {
+  int64_t column;
+  int inside;    // elements that are inside of a row
+  bool aligned;  // as rows are
+
+  FFF_DEVICE RowChunk(int64_t first, int64_t width, bool rows_aligned)
+      : column(first), inside(kPerChunk<T>), aligned(rows_aligned) {
+    if (width - column < kPerChunk<T>) {
+      inside = column < width ? static_cast<int>(width - column) : 0;
+    }
   }
-  T* to = reinterpret_cast<T*>(shared);
-  for (int i = 0; i < kPerChunk<T>; ++i) {
-    to[i] = i < count ? row[column + i] : static_cast<T>(0.0f);
+
+  // Copies them to shared memory; what is outside, and a row that is null, reads as 0. Seen after a
+  // wait for copies and a barrier.
+  FFF_DEVICE void stage(unsigned char* shared, const T* row) const {
+    const int count = row ? inside : 0;
+    if (aligned) {
+      copy_async(shared, count > 0 ? row + column : row, count * static_cast<int>(sizeof(T)));
+      return;
+    }
+    T* to = reinterpret_cast<T*>(shared);
+    for (int i = 0; i < kPerChunk<T>; ++i) {
+      to[i] = i < count ? row[column + i] : static_cast<T>(0.0f);
+    }
   }
-}
+};
 
 // Rows of one operand, which a thread helps to stage: 8 threads copy 128 bytes of a row at a time.
 template <typename T, int kRows>
@@ -50,11 +61,11 @@ class StagedRows {
   }
 
   FFF_DEVICE void stage(unsigned char* shared, int64_t column) const {
-    const int chunk = thread_index() % 8;
+    const int own = thread_index() % 8;
+    const RowChunk<T> chunk(column + own * kPerChunk<T>, width_, aligned_);
     FFF_UNROLL
     for (int i = 0; i < kOwn; ++i) {
-      stage_chunk(shared + (thread_index() / 8 + i * kStride) * kPitch + chunk * 16, rows_[i],
-                  column + chunk * kPerChunk<T>, width_, aligned_);
+      chunk.stage(shared + (thread_index() / 8 + i * kStride) * kPitch + own * 16, rows_[i]);
     }
   }
 

@@ -14,6 +14,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <stdexcept>
 #include <string>
@@ -38,26 +39,54 @@ template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kBlocksPerProcessor)
     run_body(const __grid_constant__ Body body) {
 #if __CUDA_ARCH__ >= 900
-  // From now on the next kernel's blocks may take the places that become free. They too wait here
-  // for the kernel before them, which waited itself, to be through with its memory.
-  asm volatile("griddepcontrol.launch_dependents;");
+  // The kernel before this one, which waited here too, is through with its memory; the next one's
+  // blocks may take the places that become free, and wait in turn.
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
   body(blockIdx.x);
 }
 
-// Whether kernels of this library wait as above on the current device: there is code for exactly
-// its architecture, and that is one which can.
-inline bool kernels_wait() {
-  constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
-  int device = 0, major = 0, minor = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-        "cudaDeviceGetAttribute");
-  const int own = 100 * major + 10 * minor;
-  return own >= 900 && std::ranges::find(kArchitectures, own) != std::end(kArchitectures);
+  return device;
+}
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Whether kernels of this library wait as above on a device: there is code for exactly its
+// architecture, and that is one which can; and the driver captures such launches into graphs.
+inline bool kernels_wait(int device) {
+  constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+  constexpr int kDriver = 12030;
+  const int own = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                  10 * device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  return own >= 900 && driver >= kDriver &&
+         std::ranges::find(kArchitectures, own) != std::end(kArchitectures);
+}
+
+// Allows a kernel on a device all the shared memory there is, and asks for the same division from
+// L1 for all kernels, since multiprocessors are emptied to change it.
+template <typename Body>
+void prepare_kernel(int device) {
+  static std::atomic<uint64_t> prepared = 0;  // a bit for each device
+  const uint64_t bit = uint64_t(1) << device % 64;
+  if (device < 64 && (prepared & bit)) {
+    return;
+  }
+  const auto set = [](cudaFuncAttribute attribute, int value) {
+    check(cudaFuncSetAttribute(run_body<Body>, attribute, value), "cudaFuncSetAttribute");
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize,
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  prepared |= bit;
 }
 
 inline constexpr int64_t kBusyBlocksOfGpu = 256;  // 132 multiprocessors with 2 each
@@ -105,7 +134,10 @@ class StreamQueue {
   static constexpr int64_t kBusyBlocks = kBusyBlocksOfGpu;
 
   StreamQueue(void* workspace, cudaStream_t stream)
-      : next_(static_cast<unsigned char*>(workspace)), stream_(stream), early_(kernels_wait()) {}
+      : next_(static_cast<unsigned char*>(workspace)),
+        stream_(stream),
+        device_(current_device()),
+        early_(kernels_wait(device_)) {}
 
   template <typename V>
   V* array(int64_t count) {
@@ -125,12 +157,7 @@ class StreamQueue {
     if (blocks == 0) {
       return;
     }
-    constexpr int64_t kGranted = 48 * 1024;  // more must be asked for
-    if (shared > kGranted) {
-      set(run_body<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-      set(run_body<Body>, cudaFuncAttributePreferredSharedMemoryCarveout,
-          cudaSharedmemCarveoutMaxShared);
-    }
+    prepare_kernel<Body>(device_);
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -152,13 +179,9 @@ class StreamQueue {
   }
 
  private:
-  template <typename Kernel>
-  static void set(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-    check(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
-  }
-
   unsigned char* next_;
   cudaStream_t stream_;
+  int device_;
   bool early_;  // blocks may come before the end of the kernel before theirs
 };
 

@@ -34,15 +34,33 @@ struct NodeGates {
         .row(static_cast<int>(slot));
   }
 
+  // What is loaded of a pair, some time before it is used.
+  struct Own {
+    int64_t leaf;
+    float values[kSlabLevels<T>];
+  };
+  FFF_DEVICE Own load(int64_t pair) const {
+    Own own = {leaf[pair], {}};
+    FFF_UNROLL
+    for (int below = 0; below < kSlabLevels<T>; ++below) {
+      if (below < levels) {
+        own.values[below] = values[pair * shape.levels + grouping.level + below];
+      }
+    }
+    return own;
+  }
+
   // Calls put(slot, gate) for those of a pair that are not 0 and lie in [first, end).
   template <typename Put>
-  FFF_DEVICE void for_each(int64_t pair, int64_t first, int64_t end, const Put& put) const {
-    for (int below = 0; below < levels; ++below) {
-      const int level = grouping.level + below;
-      const int64_t position = leaf[pair] >> (shape.decisions - level);
-      const int64_t slot = (int64_t(1) << below) - 1 + (position & ((int64_t(1) << below) - 1));
-      if (slot >= first && slot < end) {
-        put(slot, static_cast<T>(values[pair * shape.levels + level]));
+  FFF_DEVICE void for_each(const Own& own, int64_t, int64_t first, int64_t end,
+                           const Put& put) const {
+    FFF_UNROLL
+    for (int below = 0; below < kSlabLevels<T>; ++below) {
+      const int before = (1 << below) - 1;  // slots of the levels above
+      const int position = static_cast<int>(own.leaf >> (shape.decisions - grouping.level - below));
+      const int slot = before + (position & before);
+      if (below < levels && slot >= first && slot < end) {
+        put(slot, static_cast<T>(own.values[below]));
       }
     }
   }
@@ -62,12 +80,18 @@ struct LeafGates {
   FFF_HOST_DEVICE int64_t slots() const { return width << unit; }
   FFF_DEVICE int64_t row(int64_t group, int64_t slot) const { return group * slots() + slot; }
 
+  struct Own {
+    int64_t leaf;
+  };
+  FFF_DEVICE Own load(int64_t pair) const { return {leaf[pair]}; }
+
   template <typename Put>
-  FFF_DEVICE void for_each(int64_t pair, int64_t first, int64_t end, const Put& put) const {
-    const int64_t own = (leaf[pair] & ((int64_t(1) << unit) - 1)) * width;
-    const int64_t last = own + width < end ? own + width : end;
-    for (int64_t slot = own > first ? own : first; slot < last; ++slot) {
-      put(slot, values ? values[pair * width + slot - own] : static_cast<T>(1.0f));
+  FFF_DEVICE void for_each(const Own& own, int64_t pair, int64_t first, int64_t end,
+                           const Put& put) const {
+    const int64_t begin = (own.leaf & ((int64_t(1) << unit) - 1)) * width;
+    const int64_t last = begin + width < end ? begin + width : end;
+    for (int64_t slot = begin > first ? begin : first; slot < last; ++slot) {
+      put(slot, values ? values[pair * width + slot - begin] : static_cast<T>(1.0f));
     }
   }
 };
@@ -101,7 +125,7 @@ struct RowGradients {
   static constexpr int kGatePitch = kSlots * static_cast<int>(sizeof(T)) + kPad;
   static constexpr int kGateBytes = kTokens * kGatePitch;
   static constexpr int kBufferBytes = kGateBytes + kTokens * kPitch;
-  static constexpr int kResultPitch = kColumns + 4;  // floats
+  static constexpr int kResultPitch = kColumns + 8;  // floats
   static constexpr int64_t kSharedBytes = 2 * kBufferBytes;
   static_assert(kSlots * kResultPitch * sizeof(float) <= kSharedBytes);
   Gates<T> gates;
@@ -147,15 +171,17 @@ struct RowGradients {
 
     if (steps > 0) {
       stage(0);
-      store_gates(range, 0, first_slot, gates_of(0));
+      store_gates(load_gates(range, 0), first_slot, gates_of(0));
     }
     WarpTile<T, kColumns> sums(whole_floats);
     float bias_sum = 0.0f;
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<0>();
       sync_threads();  // the step is here, and the one before it is free
+      OwnGates next = {};
       if (step + 1 < steps) {
         stage(step + 1);
+        next = load_gates(range, step + 1);
       }
       const unsigned char* const from = gates_of(step);
       constexpr int kRows = 32 / static_cast<int>(sizeof(T));
@@ -168,7 +194,7 @@ struct RowGradients {
         bias_sum += sum_of_gates(from);
       }
       if (step + 1 < steps) {
-        store_gates(range, step + 1, first_slot, gates_of(step + 1));
+        store_gates(next, first_slot, gates_of(step + 1));
       }
     }
     sync_threads();
@@ -183,37 +209,46 @@ struct RowGradients {
                                 unsigned char* to) const {
     constexpr int kChunks = kRowBytes / 16;
     constexpr int kStride = kThreads / kChunks;
-    const int chunk = thread_index() % kChunks;
-    FFF_UNROLL_BY_4
+    const int own = thread_index() % kChunks;
+    const RowChunk<T> chunk(column + own * kPerChunk<T>, width, aligned);
+    FFF_UNROLL_BY(4)
     for (int i = 0; i < kTokens / kStride; ++i) {
       const int row = thread_index() / kChunks + i * kStride;
       const int pair = step * kTokens + row;
       const bool present = pair < range.count;
-      const int64_t token = present ? gates.grouping.token(range.first + pair) : 0;
-      stage_chunk(to + row * kPitch + chunk * 16, row_or_null<T>(vectors, token, width, present),
-                  column + chunk * kPerChunk<T>, width, aligned);
+      const int64_t token = present ? gates.grouping.token(range, pair) : 0;
+      chunk.stage(to + row * kPitch + own * 16, row_or_null<T>(vectors, token, width, present));
     }
   }
 
-  // Two threads have one pair's gates.
-  FFF_DEVICE void store_gates(const Tile& range, int step, int64_t first_slot,
-                              unsigned char* to) const {
+  // Two threads have one pair's gates, which are on the way while products are made.
+  struct OwnGates {
+    bool present;
+    int64_t pair;
+    typename Gates<T>::Own own;
+  };
+  FFF_DEVICE OwnGates load_gates(const Tile& range, int step) const {
+    const int row = step * kTokens + thread_index() / 2;
+    if (row >= range.count) {
+      return {};
+    }
+    const int64_t token = gates.grouping.token(range, row);
+    const int64_t pair = token * gates.shape.trees + gates.grouping.tree(range.group);
+    return {true, pair, gates.load(pair)};
+  }
+  FFF_DEVICE void store_gates(const OwnGates& g, int64_t first_slot, unsigned char* to) const {
     constexpr int kOwn = kSlots / 2;
-    const int row = thread_index() / 2;
-    T* const own = reinterpret_cast<T*>(to + row * kGatePitch) + thread_index() % 2 * kOwn;
+    T* const own =
+        reinterpret_cast<T*>(to + thread_index() / 2 * kGatePitch) + thread_index() % 2 * kOwn;
     FFF_UNROLL
     for (int i = 0; i < kOwn; i += kPerChunk<T>) {
       store_chunk(own + i, Chunk{});
     }
-    const int in_range = step * kTokens + row;
-    if (in_range >= range.count) {
-      return;
+    if (g.present) {
+      const int64_t first = first_slot + thread_index() % 2 * kOwn;
+      gates.for_each(g.own, g.pair, first, first + kOwn,
+                     [&](int64_t slot, T gate) { own[slot - first] = gate; });
     }
-    const int64_t token = gates.grouping.token(range.first + in_range);
-    const int64_t pair = token * gates.shape.trees + gates.grouping.tree(range.group);
-    const int64_t first = first_slot + thread_index() % 2 * kOwn;
-    gates.for_each(pair, first, first + kOwn,
-                   [&](int64_t slot, T gate) { own[slot - first] = gate; });
   }
 
   FFF_DEVICE float sum_of_gates(const unsigned char* from) const {
@@ -232,35 +267,48 @@ struct RowGradients {
     const int64_t part = Parts::part(start, range.in_group) * gates.slots() + first_slot;
     const int64_t left = gates.slots() - first_slot;
     const int slots = left < kSlots ? static_cast<int>(left) : kSlots;
-    for (int i = thread_index(); gradient && i < slots * kColumns; i += kThreads) {
-      const int slot = i / kColumns, own = i % kColumns;
-      if (column + own >= width) {
-        continue;
-      }
-      const float sum = results[slot * kResultPitch + own];
-      if (whole) {
-        put(gradient, gates.row(range.group, first_slot + slot) * width + column + own, sum);
-      } else {
-        parts.rows[(part + slot) * width + column + own] = sum;
-      }
+    const auto row_of = [&](int slot) { return gates.row(range.group, first_slot + slot); };
+    if (gradient && !whole) {
+      const auto part_of = [&](int slot) { return part + slot; };
+      write_rows(parts.rows, part_of, slots, column, results, false);
+    } else if (gradient && dtype == kDType<T>) {
+      write_rows(static_cast<T*>(gradient), row_of, slots, column, results, adds);
+    } else if (gradient) {
+      write_rows(static_cast<float*>(gradient), row_of, slots, column, results, adds);
     }
     if (bias && column == 0 && thread_index() < slots) {
       if (whole) {
-        put(bias, gates.row(range.group, first_slot + thread_index()), bias_sum);
+        put(bias, row_of(thread_index()), bias_sum);
       } else {
         parts.biases[part + thread_index()] = bias_sum;
       }
     }
   }
+
+  template <typename O, typename RowOf>
+  FFF_DEVICE void write_rows(O* rows, const RowOf& row_of, int slots, int64_t column,
+                             const float* results, bool to_what_is_there) const {
+    constexpr int kChunks = kRowBytes / 16;
+    const int own = thread_index() % kChunks * kPerChunk<T>;
+    const int64_t first = column + own;
+    const bool aligned = is_aligned(rows, width * static_cast<int64_t>(sizeof(O)));
+    for (int slot = thread_index() / kChunks; slot < slots && first < width;
+         slot += kThreads / kChunks) {
+      float values[kPerChunk<T>];
+      load_floats(values, results + slot * kResultPitch + own);
+      store_floats(rows + row_of(slot) * width + first, values, width - first, aligned,
+                   to_what_is_there);
+    }
+  }
 };
 
-// The sums over ranges of one group become those over the group; a block has 8 slots and 128
+// The sums over ranges of one group become those over the group; a block has 4 slots and 128
 // columns of the group of several ranges, if there is one, that begins in its aligned 512 pairs.
 template <typename Rows>
 struct SumParts {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerProcessor = 4;
-  static constexpr int kOwnSlots = 8;
+  static constexpr int kOwnSlots = 4;
   static constexpr int64_t kSharedBytes = 0;
   Rows rows;
 
@@ -293,12 +341,12 @@ struct SumParts {
     const int slots = left < kOwnSlots ? static_cast<int>(left) : kOwnSlots;
     if (rows.gradient && column < width) {
       float sums[kOwnSlots] = {};
+      FFF_UNROLL_BY(8)
       for (int64_t range = 0; range < ranges; ++range) {
-        const int64_t row = Parts::part(start, range) * gates.slots() + first_slot;
-        const float* from = rows.parts.rows + row * width + column;
+        const int64_t part = Parts::part(start, range) * gates.slots() + first_slot;
         FFF_UNROLL
         for (int i = 0; i < kOwnSlots; ++i) {
-          sums[i] += i < slots ? from[i * width] : 0.0f;
+          sums[i] += rows.parts.rows[(part + (i < slots ? i : 0)) * width + column];
         }
       }
       FFF_UNROLL
@@ -324,7 +372,8 @@ namespace pipeline {
 template <typename Rows, typename Queue>
 void row_gradients(const std::vector<Rows>& weights, Queue& queue) {
   const auto part_rows = [](const Rows& rows) {
-    return Parts::count(rows.gates.grouping.pairs()) * rows.gates.slots();
+    const Grouping& grouping = rows.gates.grouping;
+    return grouping.tokens > kRangeTokens ? Parts::count(grouping.pairs()) * rows.gates.slots() : 0;
   };
   // Together, as far as their parts suit the workspace.
   for (size_t next = 0; next < weights.size();) {
@@ -345,7 +394,9 @@ void row_gradients(const std::vector<Rows>& weights, Queue& queue) {
             queue.template array<float>(rows.gradient ? part_rows(rows) * rows.width : 0);
         rows.parts.biases = queue.template array<float>(rows.bias ? part_rows(rows) : 0);
         together.push_back(rows);
-        sums.push_back({rows});
+        if (rows.gates.grouping.tokens > kRangeTokens) {
+          sums.push_back({rows});
+        }
       }
       launch_side_by_side(together, queue);
       launch_side_by_side(sums, queue);

@@ -49,6 +49,39 @@ struct Elements {
   }
 };
 
+// From a 16-byte aligned address.
+template <int kCount>
+FFF_DEVICE void load_floats(float (&values)[kCount], const float* from) {
+  FFF_UNROLL
+  for (int first = 0; first < kCount; first += kPerChunk<float>) {
+    const auto e = Elements<float>::load(from + first, kPerChunk<float>, true);
+    FFF_UNROLL
+    for (int i = 0; i < kPerChunk<float>; ++i) {
+      values[first + i] = e.values[i];
+    }
+  }
+}
+
+// Stores floats as O, `count` of them, from `to` on; added to what is there if `adds`. `aligned` if
+// the row is.
+template <typename O, int kCount>
+FFF_DEVICE void store_floats(O* to, const float (&values)[kCount], int64_t count, bool aligned,
+                             bool adds) {
+  FFF_UNROLL
+  for (int first = 0; first < kCount; first += kPerChunk<O>) {
+    Elements<O> e;
+    if (adds) {
+      e = Elements<O>::load(to + first, count - first, aligned);
+    }
+    FFF_UNROLL
+    for (int i = 0; i < kPerChunk<O>; ++i) {
+      const float old = adds ? static_cast<float>(e.values[i]) : 0.0f;
+      e.values[i] = static_cast<O>(values[first + i] + old);
+    }
+    e.store(to + first, count - first, aligned);
+  }
+}
+
 // <a, b> of elements `begin` ... `end` - 1, by a warp, the same in all lanes. `begin` is a multiple
 // of a chunk.
 template <typename T>

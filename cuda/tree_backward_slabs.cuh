@@ -87,7 +87,7 @@ struct TileDots {
     const StagedRows<T, kTileRows> a(
         [&](int row) {
           const bool present = row < tile.count;
-          const int64_t token = present ? walkers.token(grouping.token(tile.first + row)) : 0;
+          const int64_t token = present ? walkers.token(grouping.token(tile, row)) : 0;
           return row_or_null<T>(vectors, token, width, present);
         },
         vectors, width);
@@ -156,7 +156,7 @@ struct BackwardSlab {
     if (row >= tile.count) {
       return;
     }
-    const int64_t walker = grouping.token(tile.first + row);
+    const int64_t walker = grouping.token(tile, row);
     const Values values = {f,
                            nodes,
                            walkers.pair(walker, tree),
@@ -322,7 +322,7 @@ struct BackwardLeaves {
     if (row >= tile.count) {
       return {};
     }
-    const int64_t walker = grouping.token(tile.first + row);
+    const int64_t walker = grouping.token(tile, row);
     const int64_t tree = grouping.tree(tile.group);
     const int64_t index = walkers.index(walker, tree);
     const int64_t position = walkers.positions[index];

@@ -117,7 +117,7 @@ struct ScoreSlab {
     const StagedRows<T, kTileRows> x(
         [&](int row) {
           const bool present = row < tile.count;
-          const int64_t token = present ? grouping.token(tile.first + row) : 0;
+          const int64_t token = present ? grouping.token(tile, row) : 0;
           return row_or_null<T>(p.x, token, s.input_width, present);
         },
         p.x, s.input_width);
@@ -130,7 +130,7 @@ struct ScoreSlab {
         p.weights.node_weight, s.input_width);
     const float* scores = Dots::run(shared, x, weights, s.input_width);
     return i < tile.count
-               ? descend(nodes, grouping.token(tile.first + i), scores + i * Dots::kPitch, biases)
+               ? descend(nodes, grouping.token(tile, i), scores + i * Dots::kPitch, biases)
                : -1;
   }
 
@@ -189,7 +189,7 @@ struct LeafHidden {
     const StagedRows<T, kTileRows> x(
         [&](int row) {
           const bool present = row < tile.count;
-          const int64_t token = present ? grouping.token(tile.first + row) : 0;
+          const int64_t token = present ? grouping.token(tile, row) : 0;
           return row_or_null<T>(p.x, token, s.input_width, present);
         },
         p.x, s.input_width);
@@ -205,7 +205,7 @@ struct LeafHidden {
     const float* scale = static_cast<const float*>(p.leaf_scale);
     for (int i = thread_index(); i < tile.count * kLeafColumns; i += kThreads) {
       const int row = i / kLeafColumns, column = i % kLeafColumns;
-      const int64_t pair = grouping.token(tile.first + row) * s.trees + grouping.tree(tile.group);
+      const int64_t pair = grouping.token(tile, row) * s.trees + grouping.tree(tile.group);
       const int64_t leaf = p.leaf[pair] & ((int64_t(1) << slabs.unit) - 1);
       const int64_t j = first + column - leaf * s.leaf_width;
       if (j >= 0 && j < s.leaf_width) {
@@ -235,8 +235,9 @@ struct OutputTile {
   static constexpr int kBufferBytes = kGateBytes + kSlots * kPitch;
   static constexpr int kResultPitch = Sums::kWarpColumns + 8;  // floats
   static constexpr int kResults = 16 * kResultPitch;           // floats of a warp, at a time
+  static constexpr int kResultBytes = kThreads / kWarpSize * kResults * sizeof(float);
   static constexpr int64_t kSharedBytes =
-      2 * kBufferBytes + kThreads / kWarpSize * kResults * sizeof(float);
+      2 * kBufferBytes + kResultBytes + kTileTokens * sizeof(int);
   TreeForward p;
   Grouping grouping;
   Slabs slabs;
@@ -256,6 +257,12 @@ struct OutputTile {
       return;
     }
     unsigned char* const shared = shared_memory();
+    if (thread_index() < kTileTokens) {
+      const bool present = thread_index() < tile.count;
+      tokens()[thread_index()] =
+          present ? static_cast<int>(grouping.token(tile, thread_index())) : 0;
+    }
+    sync_threads();
     const int64_t own_columns = block % column_blocks;
     const int64_t all_columns = column_tiles(p.shape.output_width);
     const int begin = static_cast<int>(all_columns * own_columns / column_blocks);
@@ -264,59 +271,57 @@ struct OutputTile {
     const int leaf_parts = static_cast<int>((slabs.neurons(p.shape) + kSlots - 1) / kSlots);
     const int parts_of_tree = node_parts + leaf_parts;
     const int parts = static_cast<int>(tree_end - tree_begin) * parts_of_tree;
-    const int steps = (end - begin) * parts;
     const bool gates_stay = parts <= 2;
-    // Gates of a part that stay lie where it has them first.
-    const auto gates_of = [&](int step) {
-      return shared + (gates_stay ? step % parts : step) % 2 * kBufferBytes;
-    };
-    const auto rows_of = [&](int step) { return shared + step % 2 * kBufferBytes + kGateBytes; };
-    const auto stage_rows = [&](int step) {
-      const int part = step % parts;
-      const int64_t column = int64_t(begin + step / parts) * kColumns;
+    const auto gates_at = [&](int side) { return shared + side * kBufferBytes; };
+    const auto rows_at = [&](int side) { return shared + side * kBufferBytes + kGateBytes; };
+    const auto stage_rows = [&](int part, int columns, int side) {
+      const int64_t column = int64_t(columns) * kColumns;
       const int64_t tree = tree_begin + part / parts_of_tree;
       const int own = part % parts_of_tree;
       if (own < node_parts) {
-        stage_node_rows(tile, tree, own, column, rows_of(step));
+        stage_node_rows(tile, tree, own, column, rows_at(side));
       } else {
-        stage_leaf_rows(tile, tree, (own - node_parts) * kSlots, column, rows_of(step));
+        stage_leaf_rows(tile, tree, (own - node_parts) * kSlots, column, rows_at(side));
       }
       commit_copies();
     };
-    const auto store_gates = [&](int step) {
-      const int part = step % parts;
+    const auto store_gates = [&](int part, int side) {
       const int64_t tree = tree_begin + part / parts_of_tree;
       const int own = part % parts_of_tree;
       if (own < node_parts) {
-        store_node_gates(tile, tree, own, gates_of(step));
+        store_node_gates(tile, tree, own, gates_at(side));
       } else {
-        store_leaf_gates(tile, tree, (own - node_parts) * kSlots, gates_of(step));
+        store_leaf_gates(tile, tree, (own - node_parts) * kSlots, gates_at(side));
       }
     };
 
-    if (steps > 0) {
-      stage_rows(0);
-      store_gates(0);
+    if (parts > 0 && begin < end) {
+      stage_rows(0, begin, 0);
+      store_gates(0, 0);
     }
-    int step = 0;
+    int side = 0, stored = 1;  // parts whose gates were made
     for (int columns = begin; columns < end; ++columns) {
       Sums sums(!p.allow_tf32);
-      for (int part = 0; part < parts; ++part, ++step) {
+      for (int part = 0; part < parts; ++part) {
         wait_for_copies<0>();
-        sync_threads();  // the step is here, and the one before it is free
-        if (step + 1 < steps) {
-          stage_rows(step + 1);
+        sync_threads();  // the part is here, and the one before it is free
+        const int next = part + 1 < parts ? part + 1 : 0;
+        const int next_columns = next > 0 ? columns : columns + 1;
+        if (next_columns < end) {
+          stage_rows(next, next_columns, 1 - side);
         }
-        const unsigned char* const gates = gates_of(step);
-        const unsigned char* const rows = rows_of(step);
+        const unsigned char* const gates = gates_at(gates_stay ? part : side);
+        const unsigned char* const rows = rows_at(side);
         constexpr int kRows = 32 / static_cast<int>(sizeof(T));
-        FFF_UNROLL
+        FFF_UNROLL_BY(2)  // more would want more registers than there are
         for (int k = 0; k < kSlots / kRows; ++k) {
           sums.add_columns(gates + k * 32, kGatePitch, rows + k * kRows * kPitch, kPitch);
         }
-        if (step + 1 < steps && (!gates_stay || step + 1 < parts)) {
-          store_gates(step + 1);
+        if (stored < parts || (!gates_stay && next_columns < end)) {
+          store_gates(next, gates_stay ? next : 1 - side);
+          ++stored;
         }
+        side = 1 - side;
       }
       if (p.output_dtype == p.dtype) {
         write<T>(tile, int64_t(columns) * kColumns, sums);
@@ -327,8 +332,12 @@ struct OutputTile {
   }
 
  private:
-  FFF_DEVICE int64_t pair(const Tile& tile, int row, int64_t tree) const {
-    return grouping.token(tile.first + row) * p.shape.trees + tree;
+  // Of the tile's rows; in shared memory, for they are asked for again and again.
+  FFF_DEVICE static int* tokens() {
+    return reinterpret_cast<int*>(shared_memory() + 2 * kBufferBytes + kResultBytes);
+  }
+  FFF_DEVICE int64_t pair(int row, int64_t tree) const {
+    return tokens()[row] * p.shape.trees + tree;
   }
 
   template <typename RowAt>
@@ -337,10 +346,10 @@ struct OutputTile {
     constexpr int kChunks = kRowBytes / 16;
     const int64_t width = p.shape.output_width;
     const bool aligned = is_aligned(array, width * static_cast<int64_t>(sizeof(T)));
-    const int chunk = thread_index() % kChunks;
+    const int own = thread_index() % kChunks;
+    const RowChunk<T> chunk(column + own * kPerChunk<T>, width, aligned);
     for (int slot = thread_index() / kChunks; slot < kSlots; slot += kThreads / kChunks) {
-      stage_chunk(shared + slot * kPitch + chunk * 16, row_at(slot), column + chunk * kPerChunk<T>,
-                  width, aligned);
+      chunk.stage(shared + slot * kPitch + own * 16, row_at(slot));
     }
   }
   FFF_DEVICE void stage_node_rows(const Tile& tile, int64_t tree, int slab, int64_t column,
@@ -380,7 +389,7 @@ struct OutputTile {
     if (own_row() >= tile.count) {
       return;
     }
-    const int64_t i = pair(tile, own_row(), tree);
+    const int64_t i = pair(own_row(), tree);
     const int64_t leaf = p.leaf[i];
     const int end = slabs.begin(slabs.used);
     const int decided = end < s.decisions ? end : s.decisions;  // bits of it
@@ -400,7 +409,7 @@ struct OutputTile {
     const int64_t width = p.shape.leaf_width;
     T* const to = reinterpret_cast<T*>(gates + own_row() * kGatePitch) + own_slot();
     const bool present = own_row() < tile.count;
-    const int64_t i = present ? pair(tile, own_row(), tree) : 0;
+    const int64_t i = present ? pair(own_row(), tree) : 0;
     const int64_t leaf = present ? p.leaf[i] & ((int64_t(1) << slabs.unit) - 1) : 0;
     for (int slot = 0; slot < kOwnSlots; ++slot) {
       const int64_t j = first + own_slot() + slot - leaf * width;
@@ -408,58 +417,50 @@ struct OutputTile {
     }
   }
 
-  // Of b2, for all trees of this tile.
-  FFF_DEVICE float bias(const Tile& tile, int row, int64_t column) const {
-    const bool biased = p.weights.b2 && slabs.has_leaves(p.shape);
-    float sum = 0.0f;
-    for (int64_t tree = tree_begin; biased && tree < tree_end; ++tree) {
-      const int64_t leaf = tree * p.shape.leaves() + p.leaf[pair(tile, row, tree)];
-      sum += static_cast<float>(
-          static_cast<const T*>(p.weights.b2)[leaf * p.shape.output_width + column]);
+  // Adds b2 of the leaves that a row's token reached.
+  FFF_DEVICE void add_biases(float (&values)[kPerChunk<T>], int row, int64_t first,
+                             int64_t count) const {
+    const int64_t width = p.shape.output_width;
+    const bool aligned = is_aligned(p.weights.b2, width * static_cast<int64_t>(sizeof(T)));
+    for (int64_t tree = tree_begin; tree < tree_end; ++tree) {
+      const int64_t leaf = tree * p.shape.leaves() + p.leaf[pair(row, tree)];
+      const auto e = Elements<T>::load(static_cast<const T*>(p.weights.b2) + leaf * width + first,
+                                       count, aligned);
+      FFF_UNROLL
+      for (int i = 0; i < kPerChunk<T>; ++i) {
+        values[i] += static_cast<float>(e.values[i]);
+      }
     }
-    return sum;
   }
 
   // A warp's sums. Adds biases, and what is there already if wanted.
   template <typename O>
   FFF_DEVICE void write(const Tile& tile, int64_t column, const Sums& sums) const {
-    constexpr int kChunks = Sums::kWarpColumns / kPerChunk<O>;
+    constexpr int kChunks = Sums::kWarpColumns / kPerChunk<T>;
     float* const results =
         reinterpret_cast<float*>(shared_memory() + 2 * kBufferBytes) + warp_index() * kResults;
     const int64_t width = p.shape.output_width;
     const bool aligned = is_aligned(p.output, width * static_cast<int64_t>(sizeof(O)));
+    const bool biased = p.weights.b2 && slabs.has_leaves(p.shape);
+    const int own = lane_index() % kChunks * kPerChunk<T>;
+    const int64_t first = column + Sums::column() + own;
     FFF_UNROLL
     for (int half = 0; half < 2; ++half) {
       sync_warp();  // what was here was written
       sums.store_half(half, results, kResultPitch);
       sync_warp();
-      for (int c = lane_index(); c < 16 * kChunks; c += kWarpSize) {
-        const int row = Sums::row() + half * 16 + c / kChunks;
-        const int own = c % kChunks * kPerChunk<O>;
-        const int64_t first = column + Sums::column() + own;
+      for (int i = lane_index() / kChunks; i < 16; i += kWarpSize / kChunks) {
+        const int row = Sums::row() + half * 16 + i;
         if (row >= tile.count || first >= width) {
-          continue;
+          break;
         }
-        const int count =
-            width - first < kPerChunk<O> ? static_cast<int>(width - first) : kPerChunk<O>;
-        const float* const of_row = results + c / kChunks * kResultPitch + own;
-        O* const to = static_cast<O*>(p.output) + grouping.token(tile.first + row) * width + first;
-        Elements<O> old;
-        if (adds) {
-          old = Elements<O>::load(to, count, aligned);
+        float values[kPerChunk<T>];
+        load_floats(values, results + i * kResultPitch + own);
+        if (biased) {
+          add_biases(values, row, first, width - first);
         }
-        Elements<O> e;
-        FFF_UNROLL
-        for (int i = 0; i < kPerChunk<O>; i += 4) {
-          const auto four = Elements<float>::load(of_row + i, 4, true);
-          FFF_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            const float sum = four.values[j] + (i + j < count ? bias(tile, row, first + i + j) : 0);
-            e.values[i + j] =
-                static_cast<O>(adds ? sum + static_cast<float>(old.values[i + j]) : sum);
-          }
-        }
-        e.store(to, count, aligned);
+        store_floats(static_cast<O*>(p.output) + tokens()[row] * width + first, values,
+                     width - first, aligned, adds);
       }
     }
   }

@@ -217,11 +217,11 @@ struct WalkToken {
         const A* gate = gates_of(team, tree);
         const int64_t leaf = reached[team * s.trees + tree];
         const int64_t leaf_of_all = tree * s.leaves() + leaf;
-        FFF_UNROLL_BY_4
+        FFF_UNROLL_BY(4)
         for (int level = first_level; p.weights.node_output && level < s.levels; ++level) {
           add(gate[level], p.weights.node_output, tree * s.nodes() + s.node_on_path(leaf, level));
         }
-        FFF_UNROLL_BY_4
+        FFF_UNROLL_BY(4)
         for (int64_t j = 0; j < s.leaf_width; ++j) {
           add(gate[s.levels + j], p.weights.w2, s.neuron_of_leaf(leaf_of_all, j));
         }

@@ -48,7 +48,7 @@ struct RouteWalkers {
     const Tile tile = from.tile(block);
     int child = -1;
     if (thread_index() < tile.count) {
-      const int64_t walker = from.token(tile.first + thread_index());
+      const int64_t walker = from.token(tile, thread_index());
       const int64_t position = walkers.positions[walkers.index(walker, from.tree(tile.group))];
       const int64_t below = position >> (level - from.level - children.levels);
       child = position < 0 ? -1 : static_cast<int>(below & (children.children() - 1));
