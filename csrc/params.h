@@ -106,7 +106,7 @@ struct TreeBackward {
   void* grad_w2;
   void* grad_b2;
 
-  bool scores_have_gradients() const {
+  FFF_HOST_DEVICE bool scores_have_gradients() const {
     return straight_through || grad_scores || forward.weights.node_output;
   }
 };

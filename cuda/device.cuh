@@ -61,9 +61,6 @@ inline constexpr int kWarpSize = 32;
 __device__ inline int thread_index() {
   return static_cast<int>(threadIdx.x);
 }
-__device__ inline int64_t block_count() {
-  return gridDim.x;
-}
 
 // --- barriers ------------------------------------------------------------------------------------
 
@@ -199,7 +196,6 @@ __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32
 #else  // on a host: defined in tests/cpp/cuda_host.cpp
 
 int thread_index();
-int64_t block_count();
 void sync_threads();
 void sync_warp();
 uint64_t shuffle_bits(uint64_t value, int source);

@@ -1,7 +1,7 @@
 // One token in one of the trees: scores, decisions and hidden activations.
 #pragma once
 
-#include "group.cuh"
+#include "rows.cuh"
 
 namespace fff::cuda {
 
@@ -11,14 +11,14 @@ FFF_DEVICE const T* row_of(const void* weight, int64_t row, int64_t width) {
   return weight ? static_cast<const T*>(weight) + row * width : nullptr;
 }
 
-// All threads of the group call each method together and get the same value.
-template <typename T, typename Group>
+// All lanes of a warp call each method together and get the same value.
+template <typename T>
 class TokenInTree {
   using A = acc_t<T>;
 
  public:
-  FFF_DEVICE TokenInTree(const TreeForward& p, int64_t token, int64_t tree, const Group& group)
-      : p_(p), s_(p.shape), token_(token), tree_(tree), group_(group) {}
+  FFF_DEVICE TokenInTree(const TreeForward& p, int64_t token, int64_t tree)
+      : p_(p), s_(p.shape), token_(token), tree_(tree) {}
 
   // This token and tree's first entry in an array [tokens, trees, width].
   FFF_DEVICE int64_t offset(int64_t width) const { return (token_ * s_.trees + tree_) * width; }
@@ -41,7 +41,7 @@ class TokenInTree {
 
   FFF_DEVICE A score(int64_t node) const {
     const T* bias = row_of<T>(p_.weights.node_bias, tree_ * s_.nodes() + node, 1);
-    return dot(node_weight(node), x(), s_.input_width, group_) +
+    return dot_of_rows(node_weight(node), x(), s_.input_width) +
            (bias ? static_cast<A>(*bias) : A(0));
   }
 
@@ -55,7 +55,7 @@ class TokenInTree {
   // <w1, x> + b1 of the leaf's neuron j.
   FFF_DEVICE A pre_activation(int64_t leaf, int64_t j) const {
     const T* bias = row_of<T>(p_.weights.b1, neuron(leaf, j), 1);
-    return dot(w1(leaf, j), x(), s_.input_width, group_) + (bias ? static_cast<A>(*bias) : A(0));
+    return dot_of_rows(w1(leaf, j), x(), s_.input_width) + (bias ? static_cast<A>(*bias) : A(0));
   }
 
   // What multiplies the reached leaf's hidden activation j.
@@ -73,7 +73,6 @@ class TokenInTree {
   const TreeShape& s_;
   const int64_t token_;
   const int64_t tree_;
-  const Group& group_;
 };
 
 }  // namespace fff::cuda

@@ -17,8 +17,7 @@
 #include <limits>
 #include <vector>
 
-#include "decision.h"
-#include "group.cuh"
+#include "backward_gates.cuh"
 #include "row_gradients.cuh"
 #include "walkers.cuh"
 
@@ -26,45 +25,7 @@ namespace fff::cuda {
 
 // What steps 1 and 2 leave for step 3, and step 3 for the others.
 template <typename T>
-struct SlabGates {
-  int64_t* leaf;            // [tokens, trees] inside the tree
-  float* along;             // [tokens, trees, levels] <gradient of the output, output row>
-  float* leaf_value;        // [tokens, trees] the same with what the leaf network puts out
-  float* other;             // [tokens, trees, decisions] with what the branch not taken puts out
-  int64_t* other_position;  // [tokens, trees, decisions] how far that branch was followed
-  float* node_gate;         // [tokens, trees, levels] activation(score)
-  float* score;             // [tokens, trees, levels] gradient of the score
-  T* hidden;                // [tokens, trees, leaf_width] activation, scaled
-  T* grad_hidden;           // [tokens, trees, leaf_width] gradient of the pre-activation
-
-  template <typename Queue>
-  SlabGates(const TreeBackward& p, Queue& queue) {
-    const TreeShape& s = p.forward.shape;
-    const int64_t pairs = s.tokens * s.trees;
-    const int64_t others = p.straight_through ? pairs * s.decisions : 0;
-    leaf = queue.template array<int64_t>(pairs);
-    along = queue.template array<float>(pairs * s.levels);
-    leaf_value = queue.template array<float>(pairs);
-    other = queue.template array<float>(others);
-    other_position = queue.template array<int64_t>(others);
-    node_gate = queue.template array<float>(pairs * s.levels);
-    score = queue.template array<float>(pairs * s.levels);
-    hidden = queue.template array<T>(pairs * s.leaf_width);
-    grad_hidden = queue.template array<T>(pairs * s.leaf_width);
-  }
-};
-
-struct CopyLeaves {
-  TreeShape shape;
-  const int64_t* from;
-  int64_t* to;
-
-  FFF_DEVICE void operator()(int64_t pair, bool exists) const {
-    if (exists) {
-      to[pair] = shape.inside(from[pair]);
-    }
-  }
-};
+using SlabGates = BackwardGates<float, T>;
 
 // Dot products of the vectors of a tile's walkers with some rows of weights.
 template <typename T, int kColumns>
@@ -348,42 +309,6 @@ struct BackwardLeaves {
   }
 };
 
-// Step 3 for a pair of a token and a tree.
-template <typename T>
-struct ScoreGradients {
-  TreeBackward p;
-  SlabGates<T> gates;
-
-  FFF_DEVICE void operator()(int64_t pair, bool exists) const {
-    if (!exists) {
-      return;
-    }
-    const TreeForward& f = p.forward;
-    const TreeShape& s = f.shape;
-    const int64_t leaf = gates.leaf[pair];
-    float taken = p.straight_through && s.leaf_width > 0 ? gates.leaf_value[pair] : 0.0f;
-    for (int level = s.levels - 1; level >= 0; --level) {
-      const int64_t i = pair * s.levels + level;
-      const float score = static_cast<const float*>(p.scores)[i];
-      float grad = p.grad_scores ? static_cast<const float*>(p.grad_scores)[i] : 0.0f;
-      const bool decides = p.straight_through && level < s.decisions;
-      const float slope = decides ? decision_slope(p, score, i) : 0.0f;
-      if (slope != 0.0f) {
-        const float other = gates.other[pair * s.decisions + level];
-        grad += slope * (s.turns_right(leaf, level) ? taken - other : other - taken);
-      }
-      if (f.weights.node_output) {
-        const float along = gates.along[i];
-        const float gate = activate(f.node_activation, score);
-        grad += along * activation_slope(f.node_activation, score);
-        taken += gate * along;
-        gates.node_gate[i] = gate;
-      }
-      gates.score[i] = grad;
-    }
-  }
-};
-
 namespace pipeline {
 
 // The branches not taken, from where the paths' slabs left them.
@@ -423,7 +348,7 @@ void tree_backward_slabs(const TreeBackward& p, bool adds, Queue& queue) {
   const TreeShape& s = f.shape;
   const int most_levels = kSlabLevels<T>;
   const Slabs slabs(s, most_levels, std::numeric_limits<int>::max());
-  const SlabGates<T> gates(p, queue);
+  const SlabGates<T> gates(p, s.leaf_width > 0 ? 1 : 0, queue);
   const int64_t pairs = s.tokens * s.trees;
   for_each_thread(CopyLeaves{s, p.leaf, gates.leaf}, pairs, queue);
   const Walkers paths = {s.trees, 1, 1, gates.leaf, true};
@@ -454,7 +379,7 @@ void tree_backward_slabs(const TreeBackward& p, bool adds, Queue& queue) {
     follow_alternates(p, slabs, gates, queue);
   }
   if (score_gradients) {
-    for_each_thread(ScoreGradients<T>{p, gates}, pairs, queue);
+    for_each_thread(ScoreGradients<float, T>{p, gates}, pairs, queue);
   }
 
   if (p.grad_x) {

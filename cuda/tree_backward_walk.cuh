@@ -1,150 +1,103 @@
-// Hard tree, backward, token by token, in two passes:
-//   1. per token: the gradients of its gates (scores, hidden activations), then that of x;
-//   2. per weight row: the sum, over the tokens whose path has the row, of gate gradient x vector.
+// Hard tree, backward, token by token, for few tokens and float64:
+//   1. per pair of a token and a tree a warp for each number that is a dot product or a walk: along
+//      each node and hidden neuron of the path, and down each branch that was not taken
+//   2. per pair the gradients of scores (backward_gates.cuh)
+//   3. per token the gradient of x
+//   4. per weight row the sum, over the tokens whose path has the row, of gate gradient x vector
 // No atomics, and every sum has one order.
 #pragma once
 
 #include <array>
+#include <vector>
 
-#include "decision.h"
+#include "backward_gates.cuh"
+#include "side_by_side.cuh"
 #include "token_in_tree.cuh"
 
 namespace fff::cuda {
 
-// What the first pass leaves for the second.
-template <typename A>
-struct GateGradients {
-  A* score;        // [tokens, trees, levels] gradient of the score; null when scores have none
-  A* node_gate;    // [tokens, trees, levels] activation(score); null without node outputs
-  A* hidden;       // [tokens, trees, leaf_width] activation, scaled
-  A* grad_hidden;  // [tokens, trees, leaf_width] gradient of the pre-activation
-
-  // Elements of `memory`.
-  static int64_t size(const TreeBackward& p) {
-    const TreeShape& s = p.forward.shape;
-    return s.tokens * s.trees * (2 * s.levels + 2 * s.leaf_width);
-  }
-
-  GateGradients(const TreeBackward& p, A* memory) {
-    const TreeShape& s = p.forward.shape;
-    const bool node_output = p.forward.weights.node_output;
-    score = p.scores_have_gradients() ? memory : nullptr;
-    memory += s.tokens * s.trees * s.levels;
-    node_gate = node_output ? memory : nullptr;
-    memory += s.tokens * s.trees * s.levels;
-    hidden = memory;
-    grad_hidden = hidden + s.tokens * s.trees * s.leaf_width;
-  }
-};
-
-// The leaf a token reached.
-FFF_DEVICE inline int64_t reached_leaf(const TreeShape& s, const int64_t* leaf, int64_t token,
-                                       int64_t tree) {
-  return s.inside(leaf[token * s.trees + tree]);
-}
-
-// Item: a token.
 template <typename T>
-struct BackwardToken {
+using WalkGates = BackwardGates<acc_t<T>, acc_t<T>>;
+
+// Step 1. Item: one of a pair's numbers.
+template <typename T>
+struct BackwardNumber {
   using A = acc_t<T>;
   TreeBackward p;
-  GateGradients<A> gates;
+  WalkGates<T> gates;
 
-  template <typename Group>
-  FFF_DEVICE void operator()(int64_t token, const Group& group) const {
+  // Of a pair: nodes, neurons and, if they are asked for, branches not taken and the leaf's bias.
+  FFF_HOST_DEVICE int64_t numbers() const {
     const TreeShape& s = p.forward.shape;
-    for (int64_t tree = 0; tree < s.trees; ++tree) {
-      const Path<Group> path(*this, token, tree, group);
-      const A leaf_value = path.hidden_gradients();
-      if (gates.score) {
-        path.score_gradients(leaf_value);
-      }
-    }
-    if (p.grad_x) {
-      group.sync();
-      for (int64_t column = group.lane; column < s.input_width; column += group.size) {
-        store<T>(p.grad_x, p.grad_x_dtype, p.forward.dtype, token * s.input_width + column,
-                 grad_x(token, column, group));
-      }
+    return s.levels + s.leaf_width + (p.straight_through ? s.decisions + 1 : 0);
+  }
+  int64_t items() const { return p.forward.shape.tokens * p.forward.shape.trees * numbers(); }
+
+  FFF_DEVICE void operator()(int64_t item) const {
+    const TreeShape& s = p.forward.shape;
+    const int64_t pair = item / numbers();
+    const int64_t number = item % numbers();
+    const Path path(*this, pair);
+    if (number < s.levels) {
+      path.node(static_cast<int>(number));
+    } else if (number < s.levels + s.leaf_width) {
+      path.neuron(number - s.levels);
+    } else if (number < s.levels + s.leaf_width + s.decisions) {
+      path.other(static_cast<int>(number - s.levels - s.leaf_width));
+    } else if (s.leaf_width > 0) {
+      path.bias();
     }
   }
 
  private:
-  template <typename Group>
   class Path {
    public:
-    FFF_DEVICE Path(const BackwardToken& body, int64_t token, int64_t tree, const Group& group)
+    FFF_DEVICE Path(const BackwardNumber& body, int64_t pair)
         : p_(body.p),
           s_(body.p.forward.shape),
           gates_(body.gates),
-          t_(body.p.forward, token, tree, group),
-          leaf_(reached_leaf(s_, body.p.leaf, token, tree)),
-          grad_output_(row_of<T>(body.p.grad_output, token, s_.output_width)),
-          group_(group) {}
+          pair_(pair),
+          t_(body.p.forward, pair / s_.trees, pair % s_.trees),
+          leaf_(body.gates.leaf[pair]),
+          grad_output_(row_of<T>(body.p.grad_output, pair / s_.trees, s_.output_width)) {}
 
-    // Returns <grad_output, what the leaf network contributes>; without b2 where nobody asks.
-    FFF_DEVICE A hidden_gradients() const {
-      A value = p_.straight_through ? bias_value(leaf_) : A(0);
-      for (int64_t j = 0; j < s_.leaf_width; ++j) {
-        const A pre = t_.pre_activation(leaf_, j);
-        const A along = along_grad(t_.w2(leaf_, j));
-        const A scale = t_.leaf_scale(j);
-        const A hidden = activate(p_.forward.leaf_activation, pre) * scale;
-        value += hidden * along;
-        if (group_.lane == 0) {
-          const int64_t i = t_.offset(s_.leaf_width) + j;
-          gates_.hidden[i] = hidden;
-          gates_.grad_hidden[i] = along * scale * activation_slope(p_.forward.leaf_activation, pre);
-        }
-      }
-      return value;
-    }
-
-    // From the leaf up, so that what the taken side of each decision contributes is at hand there.
-    FFF_DEVICE void score_gradients(A taken) const {
-      for (int level = s_.levels - 1; level >= 0; --level) {
-        const int64_t i = t_.offset(s_.levels) + level;
-        const A score = static_cast<const A*>(p_.scores)[i];
-        A grad = p_.grad_scores ? static_cast<const A*>(p_.grad_scores)[i] : A(0);
-        const bool decides = p_.straight_through && level < s_.decisions;
-        const A slope = decides ? decision_slope(p_, score, i) : A(0);
-        if (slope != A(0)) {
-          const A other = other_value(level);
-          grad += slope * (s_.turns_right(leaf_, level) ? taken - other : other - taken);
-        }
-        if (gates_.node_gate) {
-          const A along = along_grad(t_.node_output(s_.node_on_path(leaf_, level)));
-          const A gate = activate(p_.forward.node_activation, score);
-          grad += along * activation_slope(p_.forward.node_activation, score);
-          taken += gate * along;
-          if (group_.lane == 0) {
-            gates_.node_gate[i] = gate;
-          }
-        }
-        if (group_.lane == 0) {
-          gates_.score[i] = grad;
-        }
+    FFF_DEVICE void node(int level) const {
+      if (p_.forward.weights.node_output) {
+        put(gates_.along, pair_ * s_.levels + level,
+            along(t_.node_output(s_.node_on_path(leaf_, level))));
       }
     }
 
-   private:
-    FFF_DEVICE A along_grad(const T* row) const {
-      return dot(row, grad_output_, s_.output_width, group_);
+    FFF_DEVICE void neuron(int64_t j) const {
+      const Activation activation = p_.forward.leaf_activation;
+      const A pre = t_.pre_activation(leaf_, j);
+      const A of_output = along(t_.w2(leaf_, j));
+      const A scale = t_.leaf_scale(j);
+      const A hidden = activate(activation, pre) * scale;
+      const int64_t i = pair_ * s_.leaf_width + j;
+      put(gates_.hidden, i, hidden);
+      put(gates_.grad_hidden, i, of_output * scale * activation_slope(activation, pre));
+      put(gates_.leaf_value, pair_ * gates_.leaf_parts + j, hidden * of_output);
     }
 
-    FFF_DEVICE A bias_value(int64_t leaf) const {
-      return p_.forward.weights.b2 ? along_grad(t_.b2(leaf)) : A(0);
+    FFF_DEVICE void bias() const {
+      put(gates_.leaf_value, pair_ * gates_.leaf_parts + s_.leaf_width, bias_value(leaf_));
     }
 
-    // <grad_output, contribution> of the child not taken at `level`, descended hard.
-    FFF_DEVICE A other_value(int level) const {
+    // The child not taken at `level`, descended hard.
+    FFF_DEVICE void other(int level) const {
+      const int64_t i = pair_ * s_.levels + level;
+      if (decision_slope(p_, static_cast<const A*>(p_.scores)[i], i) == A(0)) {
+        return;  // nobody asks
+      }
+      const int64_t to = pair_ * s_.decisions + level;
       int64_t position = (leaf_ >> (s_.decisions - 1 - level)) ^ 1;
       A value = A(0);
       for (++level; level < s_.levels; ++level) {
         const int64_t node = (int64_t(1) << level) - 1 + position;
         const A score = t_.score(node);
-        if (gates_.node_gate) {
-          value += activate(p_.forward.node_activation, score) * along_grad(t_.node_output(node));
+        if (p_.forward.weights.node_output) {
+          value += activate(p_.forward.node_activation, score) * along(t_.node_output(node));
         }
         if (level < s_.decisions) {
           position = 2 * position + t_.goes_right(score, level);
@@ -153,41 +106,73 @@ struct BackwardToken {
       value += bias_value(position);
       for (int64_t j = 0; j < s_.leaf_width; ++j) {
         value += activate(p_.forward.leaf_activation, t_.pre_activation(position, j)) *
-                 t_.leaf_scale(j) * along_grad(t_.w2(position, j));
+                 t_.leaf_scale(j) * along(t_.w2(position, j));
       }
-      return value;
+      put(gates_.other, to, value);
+    }
+
+   private:
+    FFF_DEVICE A along(const T* row) const {
+      return dot_of_rows(row, grad_output_, s_.output_width);
+    }
+    FFF_DEVICE A bias_value(int64_t leaf) const {
+      return p_.forward.weights.b2 ? along(t_.b2(leaf)) : A(0);
+    }
+    FFF_DEVICE static void put(A* array, int64_t i, A value) {
+      if (lane_index() == 0) {
+        array[i] = value;
+      }
     }
 
     const TreeBackward& p_;
     const TreeShape& s_;
-    const GateGradients<A>& gates_;
-    const TokenInTree<T, Group> t_;
+    const WalkGates<T>& gates_;
+    const int64_t pair_;
+    const TokenInTree<T> t_;
     const int64_t leaf_;
     const T* grad_output_;
-    const Group& group_;
   };
+};
 
-  template <typename Group>
-  FFF_DEVICE A grad_x(int64_t token, int64_t column, const Group& group) const {
+// Step 3. Item: 32 columns of a token.
+template <typename T>
+struct BackwardX {
+  using A = acc_t<T>;
+  TreeBackward p;
+  WalkGates<T> gates;
+
+  FFF_HOST_DEVICE int64_t column_blocks() const {
+    return (p.forward.shape.input_width + kWarpSize - 1) / kWarpSize;
+  }
+  int64_t items() const { return p.forward.shape.tokens * column_blocks(); }
+
+  FFF_DEVICE void operator()(int64_t item) const {
     const TreeShape& s = p.forward.shape;
+    const int64_t token = item / column_blocks();
+    const int64_t column = item % column_blocks() * kWarpSize + lane_index();
+    if (column >= s.input_width) {
+      return;
+    }
     A sum = A(0);
     for (int64_t tree = 0; tree < s.trees; ++tree) {
-      const TokenInTree<T, Group> t(p.forward, token, tree, group);
-      const int64_t leaf = reached_leaf(s, p.leaf, token, tree);
-      for (int level = 0; gates.score && level < s.levels; ++level) {
-        sum += gates.score[t.offset(s.levels) + level] *
+      const int64_t pair = token * s.trees + tree;
+      const TokenInTree<T> t(p.forward, token, tree);
+      const int64_t leaf = gates.leaf[pair];
+      FFF_UNROLL_BY(4)
+      for (int level = 0; p.scores_have_gradients() && level < s.levels; ++level) {
+        sum += gates.score[pair * s.levels + level] *
                static_cast<A>(t.node_weight(s.node_on_path(leaf, level))[column]);
       }
+      FFF_UNROLL_BY(4)
       for (int64_t j = 0; j < s.leaf_width; ++j) {
-        sum +=
-            gates.grad_hidden[t.offset(s.leaf_width) + j] * static_cast<A>(t.w1(leaf, j)[column]);
+        sum += gates.grad_hidden[pair * s.leaf_width + j] * static_cast<A>(t.w1(leaf, j)[column]);
       }
     }
-    return sum;
+    store<T>(p.grad_x, p.grad_x_dtype, p.forward.dtype, token * s.input_width + column, sum);
   }
 };
 
-// Item: some columns of one row of a weight, of all trees' rows.
+// Step 4. Item: some columns of one row of a weight, of all trees' rows.
 template <typename T>
 struct BackwardRow {
   using A = acc_t<T>;
@@ -208,14 +193,11 @@ struct BackwardRow {
   FFF_HOST_DEVICE int64_t rows_per_tree() const {
     return of_nodes ? shape.nodes() : shape.leaves() * slots;
   }
-  int64_t items(int group_size) const {
-    return gradient || bias ? shape.trees * rows_per_tree() * blocks(group_size) : 0;
-  }
+  int64_t items() const { return gradient || bias ? shape.trees * rows_per_tree() * blocks() : 0; }
 
-  template <typename Group>
-  FFF_DEVICE void operator()(int64_t item, const Group& group) const {
-    const int64_t row = item / blocks(group.size);
-    const int64_t block = item % blocks(group.size);
+  FFF_DEVICE void operator()(int64_t item) const {
+    const int64_t row = item / blocks();
+    const int64_t block = item % blocks();
     const int64_t tree = row / rows_per_tree();
     const int64_t row_in_tree = row % rows_per_tree();
     // The row belongs to the node or leaf at `position` in `level`.
@@ -232,58 +214,57 @@ struct BackwardRow {
       slot = row_in_tree % slots;
     }
 
-    const int64_t first = block * kColumns * group.size + group.lane;
+    const int64_t first = block * kColumns * kWarpSize + lane_index();
     const int64_t end = gradient ? width : 0;
     A sums[kColumns] = {};
     A sum = A(0);
     for (int64_t token = 0; token < shape.tokens; ++token) {
-      if (reached_leaf(shape, leaf, token, tree) >> (shape.decisions - level) != position) {
+      if (leaf[token * shape.trees + tree] >> (shape.decisions - level) != position) {
         continue;
       }
       const A c = coefficients ? coefficients[(token * shape.trees + tree) * slots + slot] : A(1);
       sum += c;
       for (int i = 0; i < kColumns; ++i) {
-        const int64_t column = first + i * group.size;
+        const int64_t column = first + i * kWarpSize;
         if (column < end) {
           sums[i] += c * static_cast<A>(vectors[token * width + column]);
         }
       }
     }
     for (int i = 0; i < kColumns; ++i) {
-      const int64_t column = first + i * group.size;
+      const int64_t column = first + i * kWarpSize;
       if (column < end) {
         store<T>(gradient, dtype, kDType<T>, row * width + column, sums[i]);
       }
     }
-    if (bias && block == 0 && group.lane == 0) {
+    if (bias && block == 0 && lane_index() == 0) {
       store<T>(bias, dtype, kDType<T>, row, sum);
     }
   }
 
  private:
-  FFF_HOST_DEVICE int64_t blocks(int group_size) const {
-    const int64_t columns = int64_t(kColumns) * group_size;
+  FFF_HOST_DEVICE int64_t blocks() const {
+    constexpr int64_t columns = kColumns * kWarpSize;
     return gradient && width > 0 ? (width + columns - 1) / columns : 1;
   }
 };
 
 // Every weight's rows; an entry without outputs has no items.
 template <typename T>
-std::array<BackwardRow<T>, 5> backward_rows(const TreeBackward& p,
-                                            const GateGradients<acc_t<T>>& gates) {
+std::array<BackwardRow<T>, 5> backward_rows(const TreeBackward& p, const WalkGates<T>& gates) {
   const TreeShape& s = p.forward.shape;
   const T* x = static_cast<const T*>(p.forward.x);
   const T* grad = static_cast<const T*>(p.grad_output);
   const DType to = p.grad_weights_dtype;
-  return {
-      {{s, p.leaf, gates.score, x, s.input_width, true, s.levels, p.grad_node_weight,
-        p.grad_node_bias, to},
-       {s, p.leaf, gates.node_gate, grad, s.output_width, true, s.levels, p.grad_node_output,
-        nullptr, to},
-       {s, p.leaf, gates.grad_hidden, x, s.input_width, false, s.leaf_width, p.grad_w1, p.grad_b1,
-        to},
-       {s, p.leaf, gates.hidden, grad, s.output_width, false, s.leaf_width, p.grad_w2, nullptr, to},
-       {s, p.leaf, nullptr, grad, s.output_width, false, 1, p.grad_b2, nullptr, to}}};
+  return {{{s, gates.leaf, gates.score, x, s.input_width, true, s.levels, p.grad_node_weight,
+            p.grad_node_bias, to},
+           {s, gates.leaf, gates.node_gate, grad, s.output_width, true, s.levels,
+            p.grad_node_output, nullptr, to},
+           {s, gates.leaf, gates.grad_hidden, x, s.input_width, false, s.leaf_width, p.grad_w1,
+            p.grad_b1, to},
+           {s, gates.leaf, gates.hidden, grad, s.output_width, false, s.leaf_width, p.grad_w2,
+            nullptr, to},
+           {s, gates.leaf, nullptr, grad, s.output_width, false, 1, p.grad_b2, nullptr, to}}};
 }
 
 namespace pipeline {
@@ -291,11 +272,26 @@ namespace pipeline {
 template <typename T, typename Queue>
 void tree_backward_walk(const TreeBackward& p, Queue& queue) {
   using A = acc_t<T>;
-  const GateGradients<A> gates(p, queue.template array<A>(GateGradients<A>::size(p)));
-  for_each_item(BackwardToken<T>{p, gates}, p.forward.shape.tokens, queue);
-  for (const BackwardRow<T>& rows : backward_rows<T>(p, gates)) {
-    for_each_item(rows, rows.items(kWarpSize), queue);
+  const TreeShape& s = p.forward.shape;
+  const int64_t pairs = s.tokens * s.trees;
+  const WalkGates<T> gates(p, s.leaf_width > 0 ? s.leaf_width + 1 : 0, queue);
+  for_each_thread(CopyLeaves{s, p.leaf, gates.leaf}, pairs, queue);
+  const BackwardNumber<T> numbers = {p, gates};
+  for_each_item(numbers, numbers.items(), queue);
+  if (p.scores_have_gradients()) {
+    for_each_thread(ScoreGradients<A, A>{p, gates}, pairs, queue);
   }
+  if (p.grad_x) {
+    const BackwardX<T> x = {p, gates};
+    for_each_item(x, x.items(), queue);
+  }
+  std::vector<ForEachItem<BackwardRow<T>>> weights;
+  for (const BackwardRow<T>& rows : backward_rows<T>(p, gates)) {
+    if (rows.items() > 0) {
+      weights.push_back({rows, rows.items()});
+    }
+  }
+  launch_side_by_side(weights, queue);
 }
 
 }  // namespace pipeline

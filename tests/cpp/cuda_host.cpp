@@ -71,7 +71,6 @@ class Block {
         warps_(threads.size() / kWarpSize),
         ready_(warps_.size(), ~uint32_t(0)) {}
 
-  int64_t count = 0;  // of the launch
   unsigned char* shared = nullptr;
   Thread* running = nullptr;
 
@@ -307,9 +306,6 @@ void load_matrices(const char* name, bool transposed, uint32_t (&m)[4], const vo
 int thread_index() {
   return block->running->index;
 }
-int64_t block_count() {
-  return block->count;
-}
 
 void sync_threads() {
   block->in_block("sync_threads");
@@ -438,7 +434,6 @@ void HostQueue::run(const std::function<void(int64_t)>& kernel, int threads, int
     std::memset(memory.get(), kUndefined, shared);
     const std::function<void()> body = [&] { kernel(index); };
     Block current(std::span(pool.data(), threads), order_, random_, body);
-    current.count = blocks;
     current.shared = reinterpret_cast<unsigned char*>(memory.get());
     block = &current;
     current.run();

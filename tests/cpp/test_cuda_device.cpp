@@ -41,10 +41,7 @@ float* shared_floats() {
 TEST(CudaDevice, EveryThreadOfEveryBlockRunsOnce) {
   for (const Order order : kOrders) {
     std::vector<int> runs(3 * kThreadsOfTests);
-    launch(order, 3, 0, [&](int64_t block) {
-      EXPECT_EQ(block_count(), 3);
-      ++runs[block * kThreadsOfTests + thread_index()];
-    });
+    launch(order, 3, 0, [&](int64_t block) { ++runs[block * kThreadsOfTests + thread_index()]; });
     EXPECT_EQ(runs, std::vector<int>(runs.size(), 1));
   }
 }
