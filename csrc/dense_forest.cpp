@@ -1,7 +1,9 @@
 #include "dense_forest.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "launch.h"
 #include "linear.h"
@@ -26,9 +28,13 @@ bool suits_on_cpu(const TreeShape& s, const at::Tensor& x) {
 bool suits_on_gpu(const TreeForward& p, const at::Tensor& x) {
   constexpr int64_t few_tokens = 256;
   constexpr int64_t many_rows = 256;
+  constexpr int64_t most_neurons = int64_t(1) << 28;  // of all tokens, for they take memory
   const TreeShape& s = p.shape;
-  if (x.scalar_type() == at::kDouble) {
+  if (x.scalar_type() == at::kDouble || s.tokens * s.trees * s.nodes() > most_neurons) {
     return false;
+  }
+  if (x.scalar_type() == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS()) {
+    return false;  // cuBLAS then has no sums of halves in float32
   }
   if (s.tokens <= few_tokens) {
     return s.levels <= 6 && s.trees * s.levels >= many_rows;
@@ -39,6 +45,7 @@ bool suits_on_gpu(const TreeForward& p, const at::Tensor& x) {
 
 // x weight^T on a GPU, in float32 whatever the factors are: routes depend on them.
 at::Tensor float_product(const at::Tensor& x, const at::Tensor& weight) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return x.scalar_type() == at::kFloat ? at::mm(x, weight.t()) : at::mm(x, weight.t(), at::kFloat);
 }
 
@@ -71,28 +78,35 @@ DenseForestGradients dense_forest_backward(const TreeBackward& p, const at::Tens
                                            const at::Tensor& x, const at::Tensor& node_weight,
                                            const at::Tensor& node_output, bool wants_x,
                                            bool wants_nodes) {
-  const at::Tensor grad_gates =
+  at::Tensor grad_gates =
       x.is_cpu() ? linear(grad_output, node_output, {}) : float_product(grad_output, node_output);
-  const at::Tensor gates = at::empty(grad_gates.sizes(), x.options());
   const at::Tensor grad_scores = at::empty(grad_gates.sizes(), x.options());
-  at::Tensor scores;
+  at::Tensor gates, scores;
   PathGates paths = {};
   paths.tree = p;
-  if (p.straight_through) {
+  if (p.straight_through && p.forward.shape.decisions > 0) {
     scores = float_product(x, node_weight);
     paths.all_scores = scores.const_data_ptr<float>();
     paths.bias = p.forward.weights.node_bias;
   }
-  paths.gates = gates.data_ptr();
+  if (wants_nodes || x.is_cpu()) {
+    gates = at::empty(grad_gates.sizes(), x.options());
+    paths.gates = gates.data_ptr();
+  }
   paths.grad_gates = grad_gates.const_data_ptr<float>();
   paths.grad_all_scores = grad_scores.data_ptr();
   launch("fff::tree_backward", x, paths, &cpu::Kernels::path_gates_backward,
          FFF_CUDA_KERNEL(path_gates_backward));
+  scores = grad_gates = at::Tensor();  // their memory serves the products
+  const bool wants_bias = wants_nodes && p.forward.weights.node_bias;
   auto [of_x, of_weight, of_bias] =
-      linear_backward(grad_scores, x, node_weight, {wants_x, wants_nodes, wants_nodes});
-  const at::Tensor of_output = std::get<1>(
-      linear_backward(grad_output, gates, node_output.t(), {false, wants_nodes, false}));
-  return {of_x, of_weight, of_bias, wants_nodes ? of_output.t() : of_output};
+      linear_backward(grad_scores, x, node_weight, {wants_x, wants_nodes, wants_bias});
+  if (!wants_nodes) {
+    return {of_x, of_weight, of_bias, at::empty({0}, x.options())};
+  }
+  const at::Tensor of_output =
+      std::get<1>(linear_backward(grad_output, gates, node_output.t(), {false, true, false}));
+  return {of_x, of_weight, of_bias, of_output.t()};
 }
 
 }  // namespace fff

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "check.h"
 
@@ -33,6 +34,7 @@ bool suits_onednn(const at::Tensor& x, const at::Tensor& weight) {
 }
 
 at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (suits_onednn(x, weight)) {
     const c10::List<std::optional<at::Scalar>> no_scalars;
     return onednn_linear()->call(x, weight, bias, "none", no_scalars, "none");
@@ -82,6 +84,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
   const at::Tensor grad = without_repeats(grad_output);
   const auto absent = [&] { return at::empty({0}, x.options()); };
   const auto [mask_x, mask_weight, mask_bias] = output_mask;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return {mask_x ? product(grad, weight.t(), {}) : absent(),
           mask_weight ? weight_gradient(grad, x, weight) : absent(),
           mask_bias ? grad.sum(0) : absent()};

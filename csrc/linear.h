@@ -1,5 +1,6 @@
 // x weight^T + bias, the products of soft trees and of forests too shallow to walk, and its
-// gradients, from whichever library is the faster one.
+// gradients, from whichever library is the faster one; in the dtype of the arguments, under
+// autocast too, which may be on in a backward pass alone.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -118,7 +118,8 @@ struct PathGates {
   TreeBackward tree;
   const float* all_scores;  // [tokens, trees, nodes]; in the backward pass if straight_through
   const void* bias;         // [trees, nodes] that all_scores lack, or null; CUDA alone
-  void* gates;              // [tokens, trees, nodes], 0 off the paths; written by both passes
+  // [tokens, trees, nodes], 0 off the paths; written by both passes, on CUDA unless null
+  void* gates;
   // backward
   const float* grad_gates;  // [tokens, trees, nodes]
   void* grad_all_scores;    // [tokens, trees, nodes]

@@ -267,7 +267,7 @@ TreeGradients gradients(const Check& check, const OptionalTensor& grad_output,
         *a.node_output, mask_x, mask_nodes);
     return {mask_x ? grads.x.view(x.sizes()) : absent(),
             grads.node_weight,
-            defined(node_bias) ? grads.node_bias : absent(),
+            grads.node_bias,
             grads.node_output,
             absent(),
             absent(),

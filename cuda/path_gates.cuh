@@ -33,42 +33,53 @@ class WarpPaths {
   FFF_DEVICE bool exists() const { return pair() < s_.tokens * s_.trees; }
 
   FFF_DEVICE void set_leaf(int64_t leaf) { leaves_[lane_index()] = static_cast<int>(leaf); }
-  FFF_DEVICE void set(int which, int level, float value) {
-    values_[(which * s_.levels + level) * kWarpSize + lane_index()] = value;
-  }
+  FFF_DEVICE void set(int which, int level, float to) { value(which, level, lane_index()) = to; }
 
-  // Value `which` of all nodes, 0 off the paths, to [pairs, nodes]; called by the whole warp.
-  FFF_DEVICE void write(int which, void* all) const {
+  // The values of all nodes, 0 off the paths, each to an array [pairs, nodes] or, if that is null,
+  // nowhere; called by the whole warp.
+  FFF_DEVICE void write(void* const (&arrays)[kValues]) const {
     const int64_t left = s_.tokens * s_.trees - first_;
     const int nodes = static_cast<int>(s_.nodes());
     const int count = static_cast<int>(left < kWarpSize ? left : kWarpSize) * nodes;
-    const float* const values = values_ + which * s_.levels * kWarpSize;
-    T* const to = static_cast<T*>(all) + first_ * nodes;
-    const bool aligned = is_aligned(all, 0);
     for (int c = lane_index() * kPerChunk<T>; c < count; c += kWarpSize * kPerChunk<T>) {
       int own = c / nodes, node = c % nodes;
-      Elements<T> e;
+      Elements<T> e[kValues];
       FFF_UNROLL
       for (int i = 0; i < kPerChunk<T>; ++i) {
-        float value = 0.0f;
+        float values[kValues] = {};
         if (c + i < count) {
           const int level = highest_bit(static_cast<uint32_t>(node) + 1);
           const int position = node + 1 - (1 << level);
           if (leaves_[own] >> (s_.decisions - level) == position) {
-            value = values[level * kWarpSize + own];
+            FFF_UNROLL
+            for (int which = 0; which < kValues; ++which) {
+              values[which] = value(which, level, own);
+            }
           }
         }
-        e.values[i] = static_cast<T>(value);
+        FFF_UNROLL
+        for (int which = 0; which < kValues; ++which) {
+          e[which].values[i] = static_cast<T>(values[which]);
+        }
         if (++node == nodes) {
           node = 0;
           ++own;
         }
       }
-      e.store(to + c, count - c, aligned);
+      FFF_UNROLL
+      for (int which = 0; which < kValues; ++which) {
+        if (arrays[which]) {
+          T* const to = static_cast<T*>(arrays[which]) + first_ * nodes + c;
+          e[which].store(to, count - c, is_aligned(arrays[which], 0));
+        }
+      }
     }
   }
 
  private:
+  FFF_DEVICE float& value(int which, int level, int lane) const {
+    return values_[(which * s_.levels + level) * kWarpSize + lane];
+  }
   FFF_HOST_DEVICE static int64_t floats(const TreeShape& s) {
     return (1 + kValues * s.levels) * kWarpSize;
   }
@@ -134,7 +145,7 @@ struct PathGatesForward {
       paths.set_leaf(position);
     }
     sync_warp();
-    paths.write(0, p.gates);
+    paths.write({p.gates});
   }
 };
 
@@ -154,8 +165,7 @@ struct PathGatesBackward {
       paths.set_leaf(leaf);
     }
     sync_warp();
-    paths.write(0, p.gates);
-    paths.write(1, p.grad_all_scores);
+    paths.write({p.gates, p.grad_all_scores});
   }
 
  private:

@@ -26,6 +26,7 @@ namespace fff::cuda {
 
 inline void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next to ask would be told of it again
     throw std::runtime_error(std::string("torch_fff: ") + call + ": " + cudaGetErrorString(error));
   }
 }
@@ -83,8 +84,11 @@ void prepare_kernel(int device) {
   const auto set = [](cudaFuncAttribute attribute, int value) {
     check(cudaFuncSetAttribute(run_body<Body>, attribute, value), "cudaFuncSetAttribute");
   };
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, run_body<Body>), "cudaFuncGetAttributes");
   set(cudaFuncAttributeMaxDynamicSharedMemorySize,
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
+          static_cast<int>(attributes.sharedSizeBytes));
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   prepared |= bit;
 }

@@ -56,11 +56,13 @@ struct NodeGates {
                            const Put& put) const {
     FFF_UNROLL
     for (int below = 0; below < kSlabLevels<T>; ++below) {
-      const int before = (1 << below) - 1;  // slots of the levels above
-      const int position = static_cast<int>(own.leaf >> (shape.decisions - grouping.level - below));
-      const int slot = before + (position & before);
-      if (below < levels && slot >= first && slot < end) {
-        put(slot, static_cast<T>(own.values[below]));
+      if (below < levels) {
+        const int before = (1 << below) - 1;  // slots of the levels above
+        const int64_t position = own.leaf >> (shape.decisions - grouping.level - below);
+        const int64_t slot = before + (position & before);
+        if (slot >= first && slot < end) {
+          put(slot, static_cast<T>(own.values[below]));
+        }
       }
     }
   }

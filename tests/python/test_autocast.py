@@ -119,6 +119,31 @@ def test_transforms(device, options):
         assert_close(gradient, wanted, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (functional.tree, {"levels": 3}),
+        # A forest that is large and shallow enough for dense products.
+        (
+            functional.tree,
+            {"leaf_width": None, "levels": 3, "trees": 40, "tokens": (20,), "width": 400},
+        ),
+        (functional.soft_tree, {"levels": 3}),
+    ],
+    ids=["tree", "forest", "soft_tree"],
+)
+def test_backward_inside(device, function, options):
+    """Autocast that is on in the backward pass alone changes nothing."""
+    case = make_case(dtype=torch.float32, device=device, **options).requires_grad()
+    output, leaves = case.run(function)[0], list(case.inputs.values())
+    g = torch.randn_like(output)
+    expected = torch.autograd.grad(output, leaves, g, retain_graph=True)
+    with autocast(device, torch.bfloat16):
+        actual = torch.autograd.grad(output, leaves, g)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
 def test_disabled(device):
     case = make_case(dtype=torch.float32, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=False):

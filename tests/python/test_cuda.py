@@ -19,6 +19,7 @@ LAYERS = {
     "soft FFF": lambda: FFF(WIDTH, 8, 40, 5, hardening=0.1),
     "hard FFF": lambda: FFF(WIDTH, 8, 40, 5, train_hardened=True, parallel_size=2),
     "UltraFFF": lambda: UltraFFF(WIDTH, 40, 7, 3, routing_gradient="straight_through"),
+    "shallow UltraFFF": lambda: UltraFFF(WIDTH, 40, 4, 16, routing_gradient="straight_through"),
 }
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_size = pytest.mark.parametrize("tokens", [1, 7, 300, 5000])

@@ -60,6 +60,7 @@ NEURONS = [
     {"levels": 4, "trees": 20, "tokens": (20,), "width": 400, "node_bias": False},
     # The same on a GPU.
     {"levels": 5, "trees": 4, "tokens": (300,), "width": 100, "noise": True},
+    {"levels": 5, "trees": 4, "tokens": (300,), "width": 120, "alternates": True, "min_slope": 0.3},
     {"levels": 4, "trees": 4, "tokens": (300,), "width": 120},
     {"levels": 2, "trees": 200, "tokens": (15,), "width": 400},
 ]
