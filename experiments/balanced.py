@@ -15,9 +15,8 @@ class BalancedTree(FFF):
     Shape: [..., in] -> [..., out].
     """
 
-    def _hard(self, x: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        output, _, balance = super()._hard(x)
-        return output, None, None if balance is None else leaf_balance(self, x)
+    def _hard_balance(self, x: Tensor, scores: Tensor, leaf: Tensor) -> Tensor:
+        return leaf_balance(self, x)
 
 
 def leaf_balance(layer: FFF, x: Tensor) -> Tensor:

@@ -412,8 +412,10 @@ class FFF(Inspected, nn.Module):
             return output, None, None
         if self.usage_mode != "none":
             count_path(self.node_usage, self.leaf_usage, leaf, self.depth)
-        balance = node_balance_loss(scores, leaf, self.slope) if self.balance else None
-        return output, None, balance
+        return output, None, self._hard_balance(x, scores, leaf) if self.balance else None
+
+    def _hard_balance(self, x: Tensor, scores: Tensor, leaf: Tensor) -> Tensor:
+        return node_balance_loss(scores, leaf, self.slope)
 
     def _soft(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """output, node logits, balance loss."""
