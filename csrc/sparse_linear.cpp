@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "check.h"
 #include "cpu/kernels.h"
@@ -44,6 +45,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_linear_backward(const at::Tensor& grad
   const auto none = [&] { return at::empty({0}, x.options()); };
   const auto nonzero = static_cast<double>(at::count_nonzero(g).item<int64_t>());
   if (nonzero > kSparseShare * static_cast<double>(g.numel())) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return {of_x ? at::mm(g, weight).view(x.sizes()) : none(),
             of_weight ? at::mm(g.t(), tokens) : none()};
   }

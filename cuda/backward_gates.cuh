@@ -12,17 +12,18 @@ template <typename A, typename H>
 struct BackwardGates {
   int64_t* leaf;            // [tokens, trees] inside the tree
   A* along;                 // [tokens, trees, levels] <gradient of the output, output row>
-  int64_t leaf_parts;       // of what the leaf network puts out
+  int64_t leaf_parts;       // of what the leaf network puts out, if that is asked for
   A* leaf_value;            // [tokens, trees, leaf_parts] the same with these
   A* other;                 // [tokens, trees, decisions] with what the branch not taken puts out
-  int64_t* other_position;  // [tokens, trees, decisions] how far that branch was followed
+  int64_t* other_position;  // [tokens, trees, decisions] how far that branch was followed, in slabs
   A* node_gate;             // [tokens, trees, levels] activation(score)
   A* score;                 // [tokens, trees, levels] gradient of the score
   H* hidden;                // [tokens, trees, leaf_width] activation, scaled
   H* grad_hidden;           // [tokens, trees, leaf_width] gradient of the pre-activation
 
   template <typename Queue>
-  BackwardGates(const TreeBackward& p, int64_t parts, Queue& queue) : leaf_parts(parts) {
+  BackwardGates(const TreeBackward& p, int64_t parts, bool in_slabs, Queue& queue)
+      : leaf_parts(p.straight_through ? parts : 0) {
     const TreeShape& s = p.forward.shape;
     const int64_t pairs = s.tokens * s.trees;
     const int64_t others = p.straight_through ? pairs * s.decisions : 0;
@@ -30,7 +31,7 @@ struct BackwardGates {
     along = queue.template array<A>(pairs * s.levels);
     leaf_value = queue.template array<A>(pairs * leaf_parts);
     other = queue.template array<A>(others);
-    other_position = queue.template array<int64_t>(others);
+    other_position = queue.template array<int64_t>(in_slabs ? others : 0);
     node_gate = queue.template array<A>(pairs * s.levels);
     score = queue.template array<A>(pairs * s.levels);
     hidden = queue.template array<H>(pairs * s.leaf_width);
@@ -65,7 +66,7 @@ struct ScoreGradients {
     const TreeShape& s = f.shape;
     const int64_t leaf = gates.leaf[pair];
     A taken = A(0);
-    for (int64_t part = 0; p.straight_through && part < gates.leaf_parts; ++part) {
+    for (int64_t part = 0; part < gates.leaf_parts; ++part) {
       taken += gates.leaf_value[pair * gates.leaf_parts + part];
     }
     for (int level = s.levels - 1; level >= 0; --level) {

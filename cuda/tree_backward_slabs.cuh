@@ -348,7 +348,7 @@ void tree_backward_slabs(const TreeBackward& p, bool adds, Queue& queue) {
   const TreeShape& s = f.shape;
   const int most_levels = kSlabLevels<T>;
   const Slabs slabs(s, most_levels, std::numeric_limits<int>::max());
-  const SlabGates<T> gates(p, s.leaf_width > 0 ? 1 : 0, queue);
+  const SlabGates<T> gates(p, s.leaf_width > 0 ? 1 : 0, true, queue);
   const int64_t pairs = s.tokens * s.trees;
   for_each_thread(CopyLeaves{s, p.leaf, gates.leaf}, pairs, queue);
   const Walkers paths = {s.trees, 1, 1, gates.leaf, true};

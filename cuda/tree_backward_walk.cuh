@@ -27,9 +27,12 @@ struct BackwardNumber {
   WalkGates<T> gates;
 
   // Of a pair: nodes, neurons and, if they are asked for, branches not taken and the leaf's bias.
+  FFF_HOST_DEVICE int64_t nodes() const {
+    return p.forward.weights.node_output ? p.forward.shape.levels : 0;
+  }
   FFF_HOST_DEVICE int64_t numbers() const {
     const TreeShape& s = p.forward.shape;
-    return s.levels + s.leaf_width + (p.straight_through ? s.decisions + 1 : 0);
+    return nodes() + s.leaf_width + (p.straight_through ? s.decisions + 1 : 0);
   }
   int64_t items() const { return p.forward.shape.tokens * p.forward.shape.trees * numbers(); }
 
@@ -38,12 +41,13 @@ struct BackwardNumber {
     const int64_t pair = item / numbers();
     const int64_t number = item % numbers();
     const Path path(*this, pair);
-    if (number < s.levels) {
+    const int64_t below = number - nodes();
+    if (below < 0) {
       path.node(static_cast<int>(number));
-    } else if (number < s.levels + s.leaf_width) {
-      path.neuron(number - s.levels);
-    } else if (number < s.levels + s.leaf_width + s.decisions) {
-      path.other(static_cast<int>(number - s.levels - s.leaf_width));
+    } else if (below < s.leaf_width) {
+      path.neuron(below);
+    } else if (below < s.leaf_width + s.decisions) {
+      path.other(static_cast<int>(below - s.leaf_width));
     } else if (s.leaf_width > 0) {
       path.bias();
     }
@@ -62,10 +66,8 @@ struct BackwardNumber {
           grad_output_(row_of<T>(body.p.grad_output, pair / s_.trees, s_.output_width)) {}
 
     FFF_DEVICE void node(int level) const {
-      if (p_.forward.weights.node_output) {
-        put(gates_.along, pair_ * s_.levels + level,
-            along(t_.node_output(s_.node_on_path(leaf_, level))));
-      }
+      put(gates_.along, pair_ * s_.levels + level,
+          along(t_.node_output(s_.node_on_path(leaf_, level))));
     }
 
     FFF_DEVICE void neuron(int64_t j) const {
@@ -77,7 +79,9 @@ struct BackwardNumber {
       const int64_t i = pair_ * s_.leaf_width + j;
       put(gates_.hidden, i, hidden);
       put(gates_.grad_hidden, i, of_output * scale * activation_slope(activation, pre));
-      put(gates_.leaf_value, pair_ * gates_.leaf_parts + j, hidden * of_output);
+      if (p_.straight_through) {
+        put(gates_.leaf_value, pair_ * gates_.leaf_parts + j, hidden * of_output);
+      }
     }
 
     FFF_DEVICE void bias() const {
@@ -86,11 +90,11 @@ struct BackwardNumber {
 
     // The child not taken at `level`, descended hard.
     FFF_DEVICE void other(int level) const {
-      const int64_t i = pair_ * s_.levels + level;
+      const int64_t i = pair_ * s_.levels + level, to = pair_ * s_.decisions + level;
       if (decision_slope(p_, static_cast<const A*>(p_.scores)[i], i) == A(0)) {
-        return;  // nobody asks
+        put(gates_.other, to, A(0));
+        return;
       }
-      const int64_t to = pair_ * s_.decisions + level;
       int64_t position = (leaf_ >> (s_.decisions - 1 - level)) ^ 1;
       A value = A(0);
       for (++level; level < s_.levels; ++level) {
@@ -274,7 +278,7 @@ void tree_backward_walk(const TreeBackward& p, Queue& queue) {
   using A = acc_t<T>;
   const TreeShape& s = p.forward.shape;
   const int64_t pairs = s.tokens * s.trees;
-  const WalkGates<T> gates(p, s.leaf_width > 0 ? s.leaf_width + 1 : 0, queue);
+  const WalkGates<T> gates(p, s.leaf_width > 0 ? s.leaf_width + 1 : 0, false, queue);
   for_each_thread(CopyLeaves{s, p.leaf, gates.leaf}, pairs, queue);
   const BackwardNumber<T> numbers = {p, gates};
   for_each_item(numbers, numbers.items(), queue);

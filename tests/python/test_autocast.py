@@ -1,5 +1,7 @@
 """Autocast: x and the weights are cast, scores, noise and leaf_scale stay float32."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -126,11 +128,12 @@ def test_transforms(device, options):
         # A forest that is large and shallow enough for dense products.
         (
             functional.tree,
-            {"leaf_width": None, "levels": 3, "trees": 40, "tokens": (20,), "width": 400},
+            {"leaf_width": None, "levels": 3, "trees": 90, "tokens": (20,), "width": 400},
         ),
         (functional.soft_tree, {"levels": 3}),
+        (partial(functional.soft_tree, prune=1e-6), {"levels": 3}),
     ],
-    ids=["tree", "forest", "soft_tree"],
+    ids=["tree", "forest", "soft_tree", "pruned"],
 )
 def test_backward_inside(device, function, options):
     """Autocast that is on in the backward pass alone changes nothing."""
