@@ -1,12 +1,20 @@
-// The straight-through gradient of a decision, shared by CPU and CUDA.
+// A decision and its straight-through gradient, shared by CPU and CUDA. Entry `i` of an array
+// [tokens, trees, levels] is the decision's.
 #pragma once
 
 #include "params.h"
 
 namespace fff {
 
-// d decision / d score of a decision with this score, entry `i` of an array [tokens, trees,
-// levels]. Where it is 0, nobody need know what the branch not taken contributes.
+template <typename A>
+FFF_HOST_DEVICE inline bool goes_right(const TreeForward& p, A score, int64_t i) {
+  if (p.noise) {
+    score += static_cast<const A*>(p.noise)[i];
+  }
+  return p.tie_right ? score >= A(0) : score > A(0);
+}
+
+// d decision / d score. Where it is 0, nobody need know what the branch not taken contributes.
 template <typename A>
 FFF_HOST_DEVICE inline A decision_slope(const TreeBackward& p, A score, int64_t i) {
   const A factor = p.alternates ? static_cast<const A*>(p.alternates)[i] : A(1);

@@ -43,10 +43,13 @@ bool suits_on_gpu(const TreeForward& p, const at::Tensor& x) {
   return matrix_units ? s.trees > 1 && s.levels <= 8 : s.levels <= 7;
 }
 
-// x weight^T on a GPU, in float32 whatever the factors are: routes depend on them.
+// x weight^T in float32 whatever the factors are, for routes depend on it.
 at::Tensor float_product(const at::Tensor& x, const at::Tensor& weight) {
+  if (x.scalar_type() == at::kFloat) {
+    return linear(x, weight, {});
+  }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return x.scalar_type() == at::kFloat ? at::mm(x, weight.t()) : at::mm(x, weight.t(), at::kFloat);
+  return at::mm(x, weight.t(), at::kFloat);
 }
 
 }  // namespace
@@ -78,8 +81,7 @@ DenseForestGradients dense_forest_backward(const TreeBackward& p, const at::Tens
                                            const at::Tensor& x, const at::Tensor& node_weight,
                                            const at::Tensor& node_output, bool wants_x,
                                            bool wants_nodes) {
-  at::Tensor grad_gates =
-      x.is_cpu() ? linear(grad_output, node_output, {}) : float_product(grad_output, node_output);
+  at::Tensor grad_gates = float_product(grad_output, node_output);
   const at::Tensor grad_scores = at::empty(grad_gates.sizes(), x.options());
   at::Tensor gates, scores;
   PathGates paths = {};

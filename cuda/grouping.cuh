@@ -159,8 +159,8 @@ struct Regroup {
     if (tile.count == 0 && tile.in_group > 0) {
       return;
     }
-    int32_t* const begins =
-        reinterpret_cast<int32_t*>(shared_memory());  // of this tile's, by child
+    // Where this tile's pairs begin in the new order, by child.
+    int32_t* const begins = reinterpret_cast<int32_t*>(shared_memory());
     const int i = thread_index();
     if (!summed) {
       sum(tile, begins, begins + children.children());

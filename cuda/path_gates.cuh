@@ -5,7 +5,7 @@
 // path of one pair, then all write the neurons of all pairs in chunks.
 #pragma once
 
-#include "decision.h"
+#include "backward_gates.cuh"
 #include "rows.cuh"
 
 namespace fff::cuda {
@@ -90,32 +90,23 @@ class WarpPaths {
   float* values_;
 };
 
-// A pair's scores and decisions, from the scores of all nodes.
+// A pair's scores of all nodes.
 template <typename T>
 class AllScores {
  public:
-  FFF_DEVICE AllScores(const PathGates& p, int64_t pair)
-      : f_(p.tree.forward),
-        scores_(p.all_scores + pair * f_.shape.nodes()),
-        bias_(p.bias ? static_cast<const T*>(p.bias) + pair % f_.shape.trees * f_.shape.nodes()
-                     : nullptr),
-        noise_(f_.noise ? static_cast<const float*>(f_.noise) + pair * f_.shape.levels : nullptr) {}
+  FFF_DEVICE AllScores(const PathGates& p, int64_t pair) {
+    const TreeShape& s = p.tree.forward.shape;
+    scores_ = p.all_scores + pair * s.nodes();
+    bias_ = p.bias ? static_cast<const T*>(p.bias) + pair % s.trees * s.nodes() : nullptr;
+  }
 
   FFF_DEVICE float operator[](int64_t node) const {
     return scores_[node] + (bias_ ? static_cast<float>(bias_[node]) : 0.0f);
   }
 
-  // Below a node at `position` that decides.
-  FFF_DEVICE int64_t next(int64_t position, int level, float score) const {
-    const float z = noise_ ? score + noise_[level] : score;
-    return 2 * position + (f_.tie_right ? z >= 0.0f : z > 0.0f);
-  }
-
  private:
-  const TreeForward& f_;
   const float* scores_;
   const T* bias_;
-  const float* noise_;
 };
 
 template <typename T>
@@ -135,10 +126,11 @@ struct PathGatesForward {
       int64_t position = 0;
       for (int level = 0; level < s.levels; ++level) {
         const float score = all[(int64_t(1) << level) - 1 + position];
-        static_cast<float*>(f.scores)[pair * s.levels + level] = score;
+        const int64_t i = pair * s.levels + level;
+        static_cast<float*>(f.scores)[i] = score;
         paths.set(0, level, activate(f.node_activation, score));
         if (level < s.decisions) {
-          position = all.next(position, level, score);
+          position = 2 * position + goes_right(f, score, i);
         }
       }
       f.leaf[pair] = position;
@@ -160,55 +152,25 @@ struct PathGatesBackward {
     const TreeShape& s = p.tree.forward.shape;
     Paths paths(s, block);
     if (paths.exists()) {
-      const int64_t leaf = s.inside(p.tree.leaf[paths.pair()]);
-      score_gradients(leaf, paths);
+      const int64_t pair = paths.pair();
+      const int64_t leaf = s.inside(p.tree.leaf[pair]);
+      const AllScores<T> all(p, pair);
+      const float* const alongs = p.grad_gates + pair * s.nodes();
+      const auto along = [&](int64_t node) { return alongs[node]; };
+      score_gradients(
+          p.tree, pair, leaf, 0.0f, [&](int level) { return along(s.node_on_path(leaf, level)); },
+          [&](int level) {
+            const auto score = [&](int64_t node) { return all[node]; };
+            return follow_other<float>(p.tree.forward, pair, leaf, level, score, along).value;
+          },
+          [&](int level, float gate, float grad) {
+            paths.set(0, level, gate);
+            paths.set(1, level, grad);
+          });
       paths.set_leaf(leaf);
     }
     sync_warp();
     paths.write({p.gates, p.grad_all_scores});
-  }
-
- private:
-  // From the leaf up, so that what the taken side of each decision contributes is at hand there.
-  FFF_DEVICE void score_gradients(int64_t leaf, Paths& paths) const {
-    const TreeBackward& t = p.tree;
-    const TreeShape& s = t.forward.shape;
-    const int64_t pair = paths.pair();
-    const float* const along_all = p.grad_gates + pair * s.nodes();
-    float taken = 0.0f;
-    for (int level = s.levels - 1; level >= 0; --level) {
-      const int64_t i = pair * s.levels + level;
-      const float score = static_cast<const float*>(t.scores)[i];
-      float grad = t.grad_scores ? static_cast<const float*>(t.grad_scores)[i] : 0.0f;
-      const bool decides = t.straight_through && level < s.decisions;
-      const float slope = decides ? decision_slope(t, score, i) : 0.0f;
-      if (slope != 0.0f) {
-        const float other = other_value(pair, leaf, level, along_all);
-        grad += slope * (s.turns_right(leaf, level) ? taken - other : other - taken);
-      }
-      const float along = along_all[s.node_on_path(leaf, level)];
-      const float gate = activate(t.forward.node_activation, score);
-      grad += along * activation_slope(t.forward.node_activation, score);
-      taken += gate * along;
-      paths.set(0, level, gate);
-      paths.set(1, level, grad);
-    }
-  }
-
-  // <gradient of the output, contribution> of the child not taken at `level`, descended hard.
-  FFF_DEVICE float other_value(int64_t pair, int64_t leaf, int level,
-                               const float* along_all) const {
-    const TreeForward& f = p.tree.forward;
-    const AllScores<T> all(p, pair);
-    int64_t position = (leaf >> (f.shape.decisions - 1 - level)) ^ 1;
-    float value = 0.0f;
-    for (++level; level < f.shape.levels; ++level) {
-      const int64_t node = (int64_t(1) << level) - 1 + position;
-      const float score = all[node];
-      value += activate(f.node_activation, score) * along_all[node];
-      position = all.next(position, level, score);  // beyond the last level nobody asks for it
-    }
-    return value;
   }
 };
 

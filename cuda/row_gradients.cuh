@@ -298,8 +298,8 @@ struct RowGradients {
          slot += kThreads / kChunks) {
       float values[kPerChunk<T>];
       load_floats(values, results + slot * kResultPitch + own);
-      store_floats(rows + row_of(slot) * width + first, values, width - first, aligned,
-                   to_what_is_there);
+      store_sums(rows + row_of(slot) * width + first, values, width - first, aligned,
+                 to_what_is_there);
     }
   }
 };
@@ -370,7 +370,7 @@ struct SumParts {
 
 namespace pipeline {
 
-// Of several weights, without their parts.
+// Of several weights, whose parts find their memory here.
 template <typename Rows, typename Queue>
 void row_gradients(const std::vector<Rows>& weights, Queue& queue) {
   const auto part_rows = [](const Rows& rows) {
@@ -388,15 +388,15 @@ void row_gradients(const std::vector<Rows>& weights, Queue& queue) {
         if (!rows.gradient && !rows.bias) {
           continue;
         }
-        elements += part_rows(rows) * rows.width;
+        const int64_t parts = part_rows(rows);
+        elements += parts * rows.width;
         if (!together.empty() && elements > kPartElements) {
           break;
         }
-        rows.parts.rows =
-            queue.template array<float>(rows.gradient ? part_rows(rows) * rows.width : 0);
-        rows.parts.biases = queue.template array<float>(rows.bias ? part_rows(rows) : 0);
+        rows.parts.rows = queue.template array<float>(rows.gradient ? parts * rows.width : 0);
+        rows.parts.biases = queue.template array<float>(rows.bias ? parts : 0);
         together.push_back(rows);
-        if (rows.gates.grouping.tokens > kRangeTokens) {
+        if (parts > 0) {
           sums.push_back({rows});
         }
       }

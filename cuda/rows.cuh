@@ -62,11 +62,10 @@ FFF_DEVICE void load_floats(float (&values)[kCount], const float* from) {
   }
 }
 
-// Stores floats as O, `count` of them, from `to` on; added to what is there if `adds`. `aligned` if
-// the row is.
-template <typename O, int kCount>
-FFF_DEVICE void store_floats(O* to, const float (&values)[kCount], int64_t count, bool aligned,
-                             bool adds) {
+// Stores `count` sums as O from `to` on; added to what is there if `adds`. `aligned` if the row is.
+template <typename O, typename A, int kCount>
+FFF_DEVICE void store_sums(O* to, const A (&sums)[kCount], int64_t count, bool aligned, bool adds) {
+  static_assert(kCount % kPerChunk<O> == 0);
   FFF_UNROLL
   for (int first = 0; first < kCount; first += kPerChunk<O>) {
     Elements<O> e;
@@ -75,8 +74,8 @@ FFF_DEVICE void store_floats(O* to, const float (&values)[kCount], int64_t count
     }
     FFF_UNROLL
     for (int i = 0; i < kPerChunk<O>; ++i) {
-      const float old = adds ? static_cast<float>(e.values[i]) : 0.0f;
-      e.values[i] = static_cast<O>(values[first + i] + old);
+      const A old = adds ? static_cast<A>(e.values[i]) : A(0);
+      e.values[i] = static_cast<O>(sums[first + i] + old);
     }
     e.store(to + first, count - first, aligned);
   }

@@ -45,13 +45,6 @@ class TokenInTree {
            (bias ? static_cast<A>(*bias) : A(0));
   }
 
-  FFF_DEVICE bool goes_right(A score, int level) const {
-    if (p_.noise) {
-      score += static_cast<const A*>(p_.noise)[offset(s_.levels) + level];
-    }
-    return p_.tie_right ? score >= A(0) : score > A(0);
-  }
-
   // <w1, x> + b1 of the leaf's neuron j.
   FFF_DEVICE A pre_activation(int64_t leaf, int64_t j) const {
     const T* bias = row_of<T>(p_.weights.b1, neuron(leaf, j), 1);

@@ -177,9 +177,7 @@ struct BackwardSlab {
         value += activate(f.node_activation, score) * v.alongs[slot];
       }
       if (level < s.decisions) {
-        const float z =
-            f.noise ? score + static_cast<const float*>(f.noise)[v.pair * s.levels + level] : score;
-        slot = 2 * slot + 1 + (f.tie_right ? z >= 0.0f : z > 0.0f);
+        slot = 2 * slot + 1 + goes_right(f, score, v.pair * s.levels + level);
       }
     }
     gates.other[other] = value;

@@ -95,22 +95,13 @@ struct BackwardNumber {
         put(gates_.other, to, A(0));
         return;
       }
-      int64_t position = (leaf_ >> (s_.decisions - 1 - level)) ^ 1;
-      A value = A(0);
-      for (++level; level < s_.levels; ++level) {
-        const int64_t node = (int64_t(1) << level) - 1 + position;
-        const A score = t_.score(node);
-        if (p_.forward.weights.node_output) {
-          value += activate(p_.forward.node_activation, score) * along(t_.node_output(node));
-        }
-        if (level < s_.decisions) {
-          position = 2 * position + t_.goes_right(score, level);
-        }
-      }
-      value += bias_value(position);
+      const auto [nodes, leaf] = follow_other<A>(
+          p_.forward, pair_, leaf_, level, [&](int64_t node) { return t_.score(node); },
+          [&](int64_t node) { return along(t_.node_output(node)); });
+      A value = nodes + bias_value(leaf);
       for (int64_t j = 0; j < s_.leaf_width; ++j) {
-        value += activate(p_.forward.leaf_activation, t_.pre_activation(position, j)) *
-                 t_.leaf_scale(j) * along(t_.w2(position, j));
+        value += activate(p_.forward.leaf_activation, t_.pre_activation(leaf, j)) *
+                 t_.leaf_scale(j) * along(t_.w2(leaf, j));
       }
       put(gates_.other, to, value);
     }

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "decision.h"
 #include "grouping.cuh"
 #include "matrix_tile.cuh"
 
@@ -139,7 +140,6 @@ struct ScoreSlab {
                          const float* biases) const {
     const TreeShape& s = p.shape;
     const int64_t pair = token * s.trees + nodes.tree;
-    const float* noise = static_cast<const float*>(p.noise);
     int slot = 0;
     int position = 0;
     int decided = 0;
@@ -148,8 +148,7 @@ struct ScoreSlab {
       const int64_t i = pair * s.levels + nodes.level + level;
       static_cast<float*>(p.scores)[i] = score;
       if (nodes.level + level < s.decisions) {
-        const float z = noise ? score + noise[i] : score;
-        const int right = p.tie_right ? z >= 0.0f : z > 0.0f;
+        const int right = goes_right(p, score, i);
         slot = 2 * slot + 1 + right;
         position = 2 * position + right;
         ++decided;
@@ -459,8 +458,8 @@ struct OutputTile {
         if (biased) {
           add_biases(values, row, first, width - first);
         }
-        store_floats(static_cast<O*>(p.output) + tokens()[row] * width + first, values,
-                     width - first, aligned, adds);
+        store_sums(static_cast<O*>(p.output) + tokens()[row] * width + first, values, width - first,
+                   aligned, adds);
       }
     }
   }

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "decision.h"
 #include "rows.cuh"
 
 namespace fff::cuda {
@@ -166,8 +167,7 @@ struct WalkToken {
         to_gates[level] = activate(p.node_activation, score);
       }
       if (level < s.decisions) {
-        const A z = p.noise ? score + static_cast<const A*>(p.noise)[i] : score;
-        const int right = p.tie_right ? z >= A(0) : z > A(0);
+        const int right = goes_right(p, score, i);
         slot = 2 * slot + 1 + right;
         position = 2 * position + right;
       }
@@ -242,23 +242,7 @@ struct WalkToken {
     O* const to = static_cast<O*>(p.output) + at;
     const bool aligned =
         is_aligned(p.output, p.shape.output_width * static_cast<int64_t>(sizeof(O)));
-    constexpr int kPart = kPerChunk<O> < kPerChunk<T> ? kPerChunk<O> : kPerChunk<T>;
-    FFF_UNROLL
-    for (int first = 0; first < kPerChunk<T>; first += kPart) {
-      Elements<O> e;
-      FFF_UNROLL
-      for (int i = 0; i < kPart; ++i) {
-        e.values[i] = static_cast<O>(sums[first + i]);
-      }
-      if (adds) {
-        const auto old = Elements<O>::load(to + first, count - first, aligned);
-        FFF_UNROLL
-        for (int i = 0; i < kPart; ++i) {
-          e.values[i] = static_cast<O>(static_cast<A>(old.values[i]) + sums[first + i]);
-        }
-      }
-      e.store(to + first, count - first, aligned);
-    }
+    store_sums(to, sums, count, aligned, adds);
   }
 };
 

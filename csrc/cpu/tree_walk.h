@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../decision.h"
 #include "vec_activation.h"
 
 namespace fff::cpu {
@@ -40,11 +41,7 @@ struct Tree {
 // Where a token of score s goes: the one rule, for paths and for alternates. A NaN goes left.
 template <typename A>
 inline bool goes_right(const TreeForward& p, A s, int64_t token, int64_t tree, int level) {
-  if (p.noise) {
-    const int64_t path = (token * p.shape.trees + tree) * p.shape.levels;
-    s += static_cast<const A*>(p.noise)[path + level];
-  }
-  return p.tie_right ? s >= A(0) : s > A(0);
+  return fff::goes_right(p, s, (token * p.shape.trees + tree) * p.shape.levels + level);
 }
 
 // A node (r = 0), its left child (1) or its right child (2).

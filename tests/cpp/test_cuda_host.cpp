@@ -337,6 +337,7 @@ TYPED_TEST(CudaHost, PathGates) {
       p.tree.forward.node_activation = Activation::kGelu;
       p.tree.forward.noise = data_or_null(noise);
       p.tree.grad_scores = data_or_null(grad_scores);
+      p.tree.forward.weights.node_output = grad_gates.data();  // that they exist is all that counts
 
       struct Results {
         std::vector<float> scores;
